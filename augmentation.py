@@ -1,0 +1,32 @@
+"""A finite set of views of an image, numbered: augmentation as batched tensor code.
+
+`none` has one view. `crop-flip` (zero padding of 4 pixels, a random crop back, a mirror with probability 1/2: He et al. 2016)
+has 9 x 9 x 2 = 162: view = (row * 9 + column) * 2 + mirrored, row and column in 0..8, 4 and 4 being the middle. Because views
+are numbers, a teacher's logits are a table over (image, view), and any epoch's pixels can be rebuilt alone.
+"""
+
+import torch
+from torch.nn import functional as F
+
+PADDING = 4
+OFFSETS = 2 * PADDING + 1
+VIEWS = {"none": 1, "crop-flip": OFFSETS * OFFSETS * 2}
+UNCHANGED = {"none": 0, "crop-flip": (PADDING * OFFSETS + PADDING) * 2}  # the view that is the image itself
+
+
+def apply(augment, images, views):
+    """The numbered views of a batch.
+
+    images: uint8 (B, 3, H, W); views: int64 (B,), on the same device. Returns uint8 (B, 3, H, W), pixel for pixel what
+    torchvision's pad, crop and hflip give one image at a time (tests/test_data.py).
+    """
+    if augment == "none":
+        return images
+    height, width = images.shape[2:]
+    padded = F.pad(images, (PADDING,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 9, 9, H, W), a view without a copy
+    place = views // 2
+    batch = torch.arange(len(images), device=images.device)
+    cropped = windows[batch, :, place // OFFSETS, place % OFFSETS]  # (B, 3, H, W)
+    mirrored = (views % 2).bool()[:, None, None, None]
+    return torch.where(mirrored, cropped.flip(3), cropped)

@@ -1,0 +1,195 @@
+"""Files that survive: atomic writes, locks, checkpoints in the released code's format, and signals that ask to stop.
+
+A checkpoint is a dict with `model_state_dict`, `optimizer_state_dict` and `epoch` (counted from 0) as in the released TAKD code,
+plus what ours needs. It holds tensors and plain values only: everything is read with `weights_only=True`.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from names import UserError
+
+# Plain numbers that numpy wrapped: some published checkpoints hold their accuracy like this. They run no code.
+NUMPY_SCALARS = [np.dtype, *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")}]
+with contextlib.suppress(AttributeError):
+    NUMPY_SCALARS += [(np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+
+
+# ------------------------------------------------------------------------------------------------- writing
+@contextlib.contextmanager
+def replacing(path):
+    """A temporary path beside `path` that takes its place when the block ends well: a reader sees the old file or the new."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(contents, path):
+    """torch.save, atomically, with every tensor on the CPU so that the file opens on a machine without a GPU."""
+    with replacing(path) as temporary:
+        torch.save(to_cpu(contents), temporary)
+
+
+def save_json(contents, path):
+    """Indented JSON, atomically."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def to_cpu(contents):
+    """The same nested dicts and lists with every tensor detached on the CPU."""
+    if isinstance(contents, torch.Tensor):
+        return contents.detach().cpu()
+    if isinstance(contents, dict):
+        return {key: to_cpu(value) for key, value in contents.items()}
+    if isinstance(contents, list | tuple):
+        return type(contents)(to_cpu(value) for value in contents)
+    return contents
+
+
+# -------------------------------------------------------------------------------------------------- locking
+class Busy(UserError):
+    """Another process holds the lock."""
+
+
+@contextlib.contextmanager
+def locked(path, what, wait=False, say=lambda line: None):
+    """Hold an exclusive lock on a file for the block; it is released however the process ends.
+
+    Without `wait` a lock held elsewhere raises Busy at once; with it, `say` is told once and the lock is waited for.
+    A file system without locks (some clusters' scratch) is used without one.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as file:
+        told = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                    break
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    raise
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if not wait:
+                raise Busy(f"{what} is in use by {holder}; wait for it or stop it, then repeat the command")
+            if not told:
+                say(f"waiting for {holder}, which holds {what}")
+                told = True
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+# -------------------------------------------------------------------------------------------------- reading
+def read(path):
+    """The dict in a checkpoint file, tensors on the CPU. A file that is missing, damaged or holds code is a UserError."""
+    path = Path(path)
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"checkpoint {path} {kind}; give a file that train.py wrote, like runs/<name>/<model>_..._best.pth.tar")
+    try:
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().splitlines()[0]
+        raise UserError(f"checkpoint {path} is refused: it holds more than tensors and plain values ({reason})") from None
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise UserError(f"checkpoint {path} cannot be read: damaged or cut off ({str(error).splitlines()[0][:100]})") from None
+    if not isinstance(contents, dict):
+        raise UserError(f"checkpoint {path} holds a {type(contents).__name__}, not a dict with model_state_dict")
+    return contents
+
+
+def weights_of(contents, path):
+    """The state dict in a checkpoint's dict: ours and the released code's, RepDistiller's (`model`), or a bare one."""
+    for key in ("model_state_dict", "model", "state_dict"):
+        if isinstance(contents.get(key), dict):
+            contents = contents[key]
+            break
+    if contents and all(isinstance(value, torch.Tensor) for value in contents.values()):
+        return contents
+    raise UserError(f"checkpoint {path} holds no weights under model_state_dict, model or state_dict (keys: {list(contents)[:5]})")
+
+
+def digest(*parts):
+    """A short hexadecimal digest of tensors, state dicts and plain values: equal parts, equal digest."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, dict):
+            for key in sorted(part):
+                hasher.update(f"{key}:{digest(part[key])};".encode())
+        elif isinstance(part, torch.Tensor):
+            array = part.detach().cpu().contiguous()
+            hasher.update(f"{array.dtype}{tuple(array.shape)}".encode())
+            hasher.update(array.flatten().view(torch.uint8).numpy().data)
+        else:
+            hasher.update(json.dumps(part).encode())
+    return hasher.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------- signals
+class Stopped(SystemExit):
+    """A signal asked the process to end: exit status 128 + its number, as a shell gives."""
+
+    def __init__(self, number):
+        super().__init__(128 + number)
+        self.name = signal.Signals(number).name
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning before a time limit) end the process at a good moment.
+
+    Outside `deferred()` a signal raises Stopped at once. Inside it is only noted in `received`, so that a training step ends and
+    a save is made; a second one raises all the same.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self):
+        self.received = None
+        self._deferring = False
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, _frame):
+        if self._deferring and self.received is None:
+            self.received = number
+        else:
+            raise Stopped(number)
+
+    @contextlib.contextmanager
+    def deferred(self):
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False

@@ -1,0 +1,112 @@
+"""One epoch of steps, one evaluation. No files, no arguments, no prints: it calls the objects that it is given.
+
+Legend: B batch, C classes, N images of a split.
+"""
+
+import time
+
+import torch
+from torch.nn import functional as F
+
+import data_loader
+
+
+class Diverged(RuntimeError):
+    """The loss of a step is no longer a finite number."""
+
+
+def autocast(device, precision):
+    """bf16 arithmetic where asked for; weights, optimizer and losses stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+class EpochSums:
+    """What an epoch's record is made of. Each step's values stay on the device until the epoch is over."""
+
+    def __init__(self, parts=(), rows=(), images=(), seconds=0.0):
+        self.parts = list(parts)  # names of the method's parts, "loss" first
+        self.rows = list(rows)  # per step: (parts + 1,) float32, the parts and the number of right answers
+        self.images = list(images)  # per step
+        self.seconds = seconds  # of the training part alone, by the wall clock
+
+    def add(self, parts, logits, labels):
+        self.parts = list(parts)
+        correct = (logits.detach().argmax(1) == labels).sum()
+        self.rows.append(torch.stack([value.detach().float() for value in (*parts.values(), correct)]))
+        self.images.append(len(labels))
+
+    def state(self):
+        """The constructor's arguments, for a checkpoint taken inside the epoch."""
+        return {"parts": self.parts, "rows": self.rows, "images": self.images, "seconds": self.seconds}
+
+    def summary(self):
+        """Means over the epoch's images. Raises Diverged, naming the step, where a part is not finite."""
+        rows = torch.stack(self.rows).double().cpu()  # (steps, parts + 1)
+        if not rows.isfinite().all():
+            step = int((~rows.isfinite().all(dim=1)).nonzero()[0])
+            raise Diverged(f"step {step}: " + ", ".join(f"{n} {v:g}" for n, v in zip(self.parts, rows[step], strict=False)))
+        images = torch.tensor(self.images, dtype=torch.float64)
+        means = (rows[:, :-1] * images[:, None]).sum(0) / images.sum()
+        return {
+            **{f"train_{name}": value for name, value in zip(self.parts, means.tolist(), strict=True)},
+            "train_accuracy_percent": 100 * float(rows[:, -1].sum() / images.sum()),
+            "train_images_per_second": float(images.sum()) / self.seconds,
+            "train_seconds": self.seconds,
+        }
+
+
+def train_epoch(student, method, teacher, optimizer, split, batches, sums, precision, after_step=lambda: False):
+    """Train `student` on `batches`, adding to `sums`; ends early where `after_step()` is true.
+
+    `teacher(batch, images)` gives the teacher's outputs; None for ordinary training. Nothing here waits for the device until
+    the last step is done.
+    """
+    student.train()
+    device = split.images.device
+    started = time.perf_counter()
+    for batch in batches:
+        images = data_loader.normalise(batch.images, split.mean, split.std)
+        taught = teacher and teacher(batch, images)
+        with autocast(device, precision):
+            outputs = student.forward_features(images)
+        parts = method(outputs, taught, batch.labels)
+        parts["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        sums.add(parts, outputs.logits, batch.labels)
+        if after_step():
+            break
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    sums.seconds += time.perf_counter() - started
+
+
+@torch.inference_mode()
+def predict(network, split, mean=None, std=None, precision="fp32", batch_size=500):
+    """float32 (N, C): the logits of a whole split in its order, the network in evaluation mode.
+
+    `mean` and `std` are the network's own normalisation where it differs from the split's.
+    """
+    network.eval()
+    logits = []
+    for images, _ in data_loader.evaluation_batches(split, batch_size):
+        with autocast(images.device, precision):
+            logits.append(network(data_loader.normalise(images, mean or split.mean, std or split.std)).float())
+    return torch.cat(logits)
+
+
+def score(logits, labels):
+    """Accuracy and cross-entropy of logits (N, C) against labels (N,), of all N."""
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return {
+        "images": len(labels),
+        "loss": float(F.cross_entropy(logits, labels)),
+        "accuracy_percent": 100 * float(top[:, 0].double().mean()),
+        "top5_percent": 100 * float(top.any(dim=1).double().mean()),
+    }
+
+
+def chance_percent(labels):
+    """What guessing the commonest class reaches on these labels, and four standard errors more: below it nothing was learned."""
+    share = float(torch.bincount(labels).max()) / len(labels)
+    return 100 * (share + 4 * (share * (1 - share) / len(labels)) ** 0.5)

@@ -1,0 +1,323 @@
+"""One run from its settings to its summary: data, teacher, student, method, epochs, records, and continuing where it stopped.
+
+Continuing goes by the run's own last.pth.tar: weights, optimizer, position (epoch and step), the epoch's sums so far and the
+generators. Order and views are functions of (seed, epoch), so they need no saving. On the CPU with the same number of threads a
+continued run ends with the same bits as an undisturbed one.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+import checkpoint
+import data_loader
+import engine
+import losses
+import model_factory
+import recipes
+import runlog
+import tuner
+from names import UserError
+from teacher import Teacher, attach_table
+
+
+def native_bf16(device):
+    """Whether the hardware multiplies bf16 itself; elsewhere it is emulated and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags  # the last is Arm's spelling
+
+
+def weights_digest(path):
+    """Identity of the network in a checkpoint file, wherever it lies and whatever else it holds."""
+    return checkpoint.digest(checkpoint.weights_of(checkpoint.read(path), path))
+
+
+class Session:
+    """Everything of a run that lives in memory. Building it reads and checks; it writes nothing."""
+
+    def __init__(self, settings, recorded, device, console):
+        self.settings, self.console = settings, console
+        self.device = torch.device(device)
+        self.precision = settings["precision"]
+        if self.precision == "auto":
+            chosen = "bf16" if native_bf16(self.device) else "fp32"
+            self.precision = (recorded or {}).get("environment", {}).get("precision", chosen)
+        self._load_data()
+        self.teacher, self.teacher_about = None, {}
+        self.method = losses.CrossEntropy()
+        if "teacher" in settings:
+            self.method = losses.METHODS[settings["method"]](**_keywords(settings["method_options"]))
+            self._load_teacher()
+        torch.manual_seed(settings["seed"])
+        self.student = model_factory.create_network(settings["student"], len(self.train.classes))
+        self.student.to(self.device, memory_format=torch.channels_last)
+        self.method.to(self.device)
+        self.optimizer = torch.optim.SGD(
+            [*self.student.parameters(), *self.method.parameters()],
+            lr=settings["learning_rate"],
+            momentum=settings["momentum"],
+            nesterov=settings["nesterov"],
+            weight_decay=settings["weight_decay"],
+            fused=True,
+        )
+        self.path = [*self.teacher_about.get("path", [settings["teacher"]] if self.teacher else []), settings["student"]]
+        self.epoch, self.step = 0, 0  # the next step to train
+        self.sums = engine.EpochSums()
+        self.best = None  # the record of the best epoch so far
+
+    def _load_data(self):
+        settings, say = self.settings, self.console.say
+        download = settings.get("download", True)
+        self.train, self.test = data_loader.load(settings["dataset"], settings["dataset_dir"], download, say)
+        self.validation = None
+        if settings["validation_split"]:
+            self.train, self.validation = data_loader.held_out(self.train, settings["validation_split"])
+            self.validation = self.validation.to(self.device)
+        self.train, self.test = self.train.to(self.device), self.test.to(self.device)
+        self.selection_split = "validation" if self.validation else "test"
+        held = f", {len(self.validation)} held out to select the epoch" if self.validation else ""
+        say(f"data      {settings['dataset']}: {len(self.train)} images to train, {len(self.test)} to test{held}")
+
+    def _load_teacher(self):
+        settings = self.settings
+        network, about = model_factory.load_network(settings["teacher_checkpoint"], settings["teacher"])
+        if about["classes"] != len(self.train.classes):
+            raise UserError(
+                f"{settings['teacher_checkpoint']} tells {about['classes']} classes apart, {settings['dataset']} has "
+                f"{len(self.train.classes)}; give a teacher trained on {settings['dataset']}"
+            )
+        self.teacher_about = about
+        self.teacher = Teacher(network, about["mean"], about["std"], self.train, self.device, self.precision, self.method.needs_features)
+        comparable = about.get("dataset", settings["dataset"]) == settings["dataset"]
+        recorded = about.get("test_accuracy_percent") if comparable else None
+        self.teacher_percent = self.teacher.score(self.test, recorded, self.console.say)
+
+    @property
+    def finished(self):
+        return self.epoch >= self.settings["epochs"]
+
+    def describe(self):
+        settings, say = self.settings, self.console.say
+        say(f"device    {self.device.type}, {self.precision}, {torch.get_num_threads()} threads")
+        say(f"student   {settings['student']}, {model_factory.count_parameters(self.student):,} parameters")
+        if self.teacher:
+            options = ", ".join(f"{key} {value}" for key, value in settings["method_options"].items())
+            say(f"method    {settings['method']} from {settings['teacher']} ({options})")
+        milestones = " ".join(map(str, settings["milestones"]))
+        falls = f" x{settings['learning_rate_decay']:g} at {milestones}" if milestones else ""
+        say(
+            f"recipe    {settings['recipe']}: {settings['epochs']} epochs of batches of {settings['batch_size']}, rate "
+            f"{settings['learning_rate']:g}{falls}, momentum {settings['momentum']:g}{' (Nesterov)' * settings['nesterov']}, "
+            f"weight decay {settings['weight_decay']:g}, augmentation {settings['augment']}, seed {settings['seed']}"
+        )
+
+    # ---------------------------------------------------------------------------------- saving and restoring
+    def network_contents(self, record):
+        """A checkpoint of the student as the released code writes it, and what evaluate.py and later runs want to know."""
+        return {
+            "model_state_dict": {key: value.contiguous() for key, value in self.student.state_dict().items()},
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "model": self.settings["student"],
+            "classes": len(self.train.classes),
+            "class_names": list(self.train.classes),
+            "dataset": self.settings["dataset"],
+            "mean": list(self.train.mean),
+            "std": list(self.train.std),
+            "path": self.path,
+            "seed": self.settings["seed"],
+            **{key: value for key, value in record.items() if key.endswith("accuracy_percent") and not key.startswith("train")},
+        }
+
+    def save(self, file):
+        """Everything that continuing needs."""
+        contents = self.network_contents(self.best or {})
+        contents |= {
+            "method_state_dict": self.method.state_dict(),
+            "step": self.step,
+            "sums": self.sums.state(),
+            "best": self.best,
+            "random_state": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            contents["cuda_random_state"] = torch.cuda.get_rng_state()
+        checkpoint.save(contents, file)
+
+    def restore(self, file):
+        contents = checkpoint.read(file)
+        self.student.load_state_dict(contents["model_state_dict"])
+        self.optimizer.load_state_dict(contents["optimizer_state_dict"])
+        self.method.load_state_dict(contents["method_state_dict"])
+        self.epoch, self.step, self.best = contents["epoch"], contents["step"], contents["best"]
+        sums = contents["sums"]
+        self.sums = engine.EpochSums(**sums | {"rows": [row.to(self.device) for row in sums["rows"]]})
+        torch.set_rng_state(contents["random_state"])
+        if self.device.type == "cuda" and "cuda_random_state" in contents:
+            torch.cuda.set_rng_state(contents["cuda_random_state"])
+
+
+def _keywords(options):
+    """Options as the constructor spells them: `lambda` is a word of Python's, `lambda_` there."""
+    return {"lambda_" if key == "lambda" else key: value for key, value in options.items()}
+
+
+# ------------------------------------------------------------------------------------------------ the epochs
+def fit(session, directory, recorded, origins, identity, signals):
+    """Train from where the run stands to its end; returns the summary."""
+    settings, console = session.settings, session.console
+    if recorded and directory.last_file.is_file():
+        session.restore(directory.last_file)
+    session.describe()
+    where = f"epoch {session.epoch}, step {session.step}"
+    console.say(f"run       {directory.path}{f' (continuing at {where})' if recorded else ''}")
+    config = identity | settings | {"origins": origins, "path": session.path, "argv": _argv()}
+    config["environment"] = runlog.environment(session.device) | {"precision": session.precision}
+    if recorded and recorded["environment"]["threads"] != config["environment"]["threads"]:
+        console.say("note: the number of threads has changed: rounding will differ from an undisturbed run")
+    directory.start(config, session.epoch)
+    if session.teacher:
+        attach_table(session.teacher, session.train, settings["augment"], settings["teacher_cache"],
+                     settings["teacher_checkpoint"], console.say)  # fmt: skip
+    name = f"{settings['student']}_{tuner.trial() or 'seed' + str(settings['seed'])}_best.pth.tar"
+    while not session.finished:
+        train_one_epoch(session, directory, signals)
+        try:
+            record = evaluated_record(session)
+        except checkpoint.Stopped:
+            session.save(directory.last_file)
+            raise
+        with signals.deferred():
+            close_epoch(session, directory, record, directory.path / name)
+        if signals.received:
+            raise checkpoint.Stopped(signals.received)
+    directory.close()
+    summary = summarise(session, directory, directory.path / name)
+    directory.finish(summary)
+    console.say(f"done      {closing(summary)} in {runlog.duration(summary['seconds'])}; {directory.path}")
+    return summary
+
+
+def train_one_epoch(session, directory, signals):
+    """The steps of the current epoch that are still to do. A signal ends it after a step, with everything saved."""
+    settings = session.settings
+    for group in session.optimizer.param_groups:
+        group["lr"] = learning_rate(session)
+    steps = data_loader.steps_per_epoch(session.train, settings["batch_size"])
+    batches = data_loader.train_batches(
+        session.train, settings["batch_size"], settings["augment"], settings["seed"], session.epoch, session.step
+    )
+    saved = time.monotonic()
+    with session.console.progress(session.epoch, steps, session.step, settings["batch_size"]) as advance:
+
+        def after_step():
+            nonlocal saved
+            session.step += 1
+            advance()
+            if time.monotonic() - saved > 60 * settings["save_minutes"]:
+                session.save(directory.last_file)
+                saved = time.monotonic()
+            return signals.received is not None
+
+        with signals.deferred():
+            engine.train_epoch(session.student, session.method, session.teacher, session.optimizer, session.train, batches,
+                               session.sums, session.precision, after_step)  # fmt: skip
+            if signals.received:
+                session.save(directory.last_file)
+    if signals.received:
+        session.console.say(f"stopped at epoch {session.epoch}, step {session.step}; the same command continues")
+        raise checkpoint.Stopped(signals.received)
+
+
+def learning_rate(session):
+    settings = session.settings
+    return recipes.learning_rate_at(
+        session.epoch, settings["learning_rate"], settings["milestones"], settings["learning_rate_decay"]
+    )
+
+
+def evaluated_record(session):
+    """The epoch's line for metrics.jsonl. Evaluation is float32 whatever the training was, so that evaluate.py agrees."""
+    started = time.perf_counter()
+    try:
+        record = {"epoch": session.epoch, "learning_rate": learning_rate(session), **session.sums.summary()}
+    except engine.Diverged as error:
+        raise engine.Diverged(
+            f"the loss is no longer a number at epoch {session.epoch}, {error}; a lower --learning-rate "
+            f"(now {learning_rate(session):g}) usually helps"
+        ) from None
+    for name, split in (("validation", session.validation), ("test", session.test)):
+        if split is not None:
+            result = engine.score(engine.predict(session.student, split), split.labels)
+            record |= {f"{name}_loss": result["loss"], f"{name}_accuracy_percent": result["accuracy_percent"]}
+    return record | {"evaluation_seconds": time.perf_counter() - started}
+
+
+def close_epoch(session, directory, record, best_file):
+    """Records first, then the best network, then the state to continue from: a crash between them repeats the epoch."""
+    directory.log(record)
+    if tuner.trial():
+        tuner.report_epoch(record[f"{session.selection_split}_accuracy_percent"])
+    key = f"{session.selection_split}_accuracy_percent"
+    if session.best is None or record[key] > session.best[key]:
+        session.best = record
+        checkpoint.save(session.network_contents(record), best_file)
+    done = directory.records()
+    seconds = sum(line["train_seconds"] + line["evaluation_seconds"] for line in done)
+    session.epoch, session.step, session.sums = session.epoch + 1, 0, engine.EpochSums()
+    left = seconds / len(done) * (session.settings["epochs"] - session.epoch)
+    session.console.row(record, session.settings["epochs"], left)
+    session.save(directory.last_file)
+
+
+def summarise(session, directory, best_file):
+    """summary.json: what the run was, its best and its last epoch, and on which split the best was chosen."""
+    settings, records = session.settings, directory.records()
+
+    def outcome(record):
+        kept = ("epoch", "train_loss", "train_accuracy_percent", "validation_loss", "validation_accuracy_percent", "test_loss",
+                "test_accuracy_percent")  # fmt: skip
+        return {key: record[key] for key in kept if key in record} | {
+            "split": session.selection_split,
+            "accuracy_percent": record[f"{session.selection_split}_accuracy_percent"],
+        }
+
+    return {
+        "model": settings["student"],
+        "dataset": settings["dataset"],
+        "path": session.path,
+        "teacher": settings.get("teacher"),
+        "teacher_test_accuracy_percent": session.teacher_percent if session.teacher else None,
+        "method": settings.get("method"),
+        "method_options": settings.get("method_options"),
+        "recipe": settings["recipe"],
+        "seed": settings["seed"],
+        "epochs": settings["epochs"],
+        "parameters": model_factory.count_parameters(session.student),
+        "selection_split": session.selection_split,
+        "best": outcome(session.best),
+        "last": outcome(records[-1]),
+        "seconds": sum(line["train_seconds"] + line["evaluation_seconds"] for line in records),
+        "checkpoint": str(best_file),
+        "run_dir": str(directory.path),
+    }
+
+
+def closing(summary):
+    best, last = summary["best"], summary["last"]
+    chosen = f", chosen on {best['split']}" if best["split"] != "test" else ""
+    return (
+        f"{' > '.join(summary['path'])} on {summary['dataset']}: test {best['test_accuracy_percent']:.2f} % at its best epoch "
+        f"({best['epoch']}{chosen}), {last['test_accuracy_percent']:.2f} % at its last"
+    )
+
+
+def _argv():
+    import sys
+
+    return sys.argv

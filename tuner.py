@@ -1,0 +1,45 @@
+"""Inside an NNI trial: what the tuner proposes, and what it is told. nni is imported nowhere else, and here only in a trial."""
+
+import os
+
+from names import UserError
+
+# The released code's search-space keys, and shorter ones, as settings of ours.
+PARAMETERS = {"T_student": "temperature", "T": "temperature", "lambda_student": "lambda", "lambda": "lambda", "seed": "seed"}
+
+
+def trial():
+    """The trial's id, or None outside an experiment (where importing nni would only warn)."""
+    return os.environ.get("NNI_TRIAL_JOB_ID") if os.environ.get("NNI_PLATFORM") else None
+
+
+def experiment():
+    """The experiment's id."""
+    return os.environ.get("NNI_EXP_ID", "unknown")
+
+
+def parameters():
+    """{setting: value} from the tuner. Keys that mean nothing here, or the same twice, are UserErrors."""
+    import nni
+
+    proposed = nni.get_next_parameter() or {}
+    if unknown := [key for key in proposed if key not in PARAMETERS]:
+        raise UserError(f"the tuner proposes {', '.join(sorted(unknown))}; search_space.json may hold {' '.join(PARAMETERS)}")
+    settings = {}
+    for key, value in proposed.items():
+        if PARAMETERS[key] in settings:
+            raise UserError(f"the tuner proposes {PARAMETERS[key]} under two names ({' '.join(proposed)}); keep one")
+        settings[PARAMETERS[key]] = value
+    return settings
+
+
+def report_epoch(accuracy_percent):
+    import nni
+
+    nni.report_intermediate_result(accuracy_percent)
+
+
+def report_final(accuracy_percent):
+    import nni
+
+    nni.report_final_result(accuracy_percent)
