@@ -87,7 +87,8 @@ def given_settings(argv):
     given = {key: value for key, value in parsed.items() if value is not None}
     origins = {key: "command line" if direct[key] is not None else "arguments file" for key in given}
     try:
-        if tuner.trial():
+        if trial := tuner.trial():
+            given["trial"], origins["trial"] = trial, "NNI"
             for key, value in tuner.parameters().items():
                 if key in given:
                     raise UserError(f"--{key} is given and also proposed by the tuner; remove one of them")
@@ -103,13 +104,13 @@ def given_settings(argv):
 
 
 def proposed_value(parser, key, value):
-    """A tuner's value under the same bounds as the flag's."""
+    """A tuner's value under the same bounds as the flag's. Some samplers give whole numbers as 20.0."""
     convert = parser.actions[key].type
     whole = isinstance(value, float) and value.is_integer()
     try:
         return convert(str(int(value) if whole else value))
     except argparse.ArgumentTypeError as error:
-        raise UserError(f"the tuner proposes {key} {value}: {error}") from None
+        raise UserError(f"the tuner proposes {key} {value}: {error}; correct search_space.json") from None
 
 
 def check_combinations(given, origins):
@@ -145,6 +146,9 @@ def resolve(given, origins):
         options["reduction"] = recipe.kd_reduction
         settings["method_options"], origins["method_options"] = options, "resolved"
     else:
+        if unused := [key for key in ("temperature", "lambda") if key in settings]:  # a tuner's: a user's were refused
+            settings["without_effect"] = {key: settings[key] for key in unused}
+            origins["without_effect"] = "tuner, but no --teacher"
         for key in ("method", "temperature", "lambda", "teacher_cache"):
             settings.pop(key, None), origins.pop(key, None)
     return settings, origins
@@ -174,6 +178,9 @@ def run(given, origins, device, console, signals, wait=False):
     import training
 
     settings, origins = resolve(given, origins)
+    if "without_effect" in settings:
+        proposed = ", ".join(f"{key} {value:g}" for key, value in settings["without_effect"].items())
+        console.say(f"note: the tuner's {proposed} have no effect without --teacher")
     if "teacher" in settings and "teacher_checkpoint" not in settings:
         console.say(f"The teacher {settings['teacher']} first:")
         made = run(*teacher_settings(given, origins), device, console, signals, wait=True)
@@ -191,14 +198,14 @@ def run(given, origins, device, console, signals, wait=False):
     with directory.claim(wait=wait, say=console.say):
         if (summary := directory.read(directory.summary_file)) is not None:  # whoever held the lock has finished it
             return summary
+        recorded = directory.check(identity)  # whoever held the lock may have been stopped half-way
         return training.fit(session, directory, recorded, origins, identity, signals)
 
 
 def run_path(settings, identity):
     """The run's folder: as given (in a trial: a folder of the trial's own inside it), or named after what makes the run."""
-    if trial := tuner.trial():
-        if not settings.get("run_dir", "").endswith("teacher"):
-            return Path(settings.get("run_dir", f"runs/nni-{tuner.experiment()}")) / trial
+    if "trial" in settings:
+        return Path(settings.get("run_dir", f"runs/nni-{tuner.experiment()}")) / settings["trial"]
     if "run_dir" in settings:
         return Path(settings["run_dir"])
     chain = [settings["dataset"], *([settings["teacher"]] if "teacher" in settings else []), settings["student"]]
@@ -208,6 +215,7 @@ def run_path(settings, identity):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    stdout = sys.stdout  # importing nni in a trial makes sys.stdout its trial.log
     given, origins, device = given_settings(argv)
     import checkpoint
     import engine
@@ -221,10 +229,10 @@ def main(argv=None):
         sys.exit(arguments.fail("train.py", error, 2))
     except (engine.Diverged, OSError, MemoryError) as error:
         sys.exit(arguments.fail("train.py", error, 1))
-    if tuner.trial():
+    if "trial" in given:
         tuner.report_final(summary["best"]["accuracy_percent"])
     if given.get("json"):
-        print(json.dumps(summary))
+        print(json.dumps(summary), file=stdout)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,7 @@ def fit(session, directory, recorded, origins, identity, signals):
     if session.teacher:
         attach_table(session.teacher, session.train, settings["augment"], settings["teacher_cache"],
                      settings["teacher_checkpoint"], console.say)  # fmt: skip
-    name = f"{settings['student']}_{tuner.trial() or 'seed' + str(settings['seed'])}_best.pth.tar"
+    name = f"{settings['student']}_{settings.get('trial', 'seed' + str(settings['seed']))}_best.pth.tar"
     while not session.finished:
         train_one_epoch(session, directory, signals)
         try:
@@ -261,7 +261,7 @@ def evaluated_record(session):
 def close_epoch(session, directory, record, best_file):
     """Records first, then the best network, then the state to continue from: a crash between them repeats the epoch."""
     directory.log(record)
-    if tuner.trial():
+    if "trial" in session.settings:  # not so for a teacher that a trial trains first: the tuner would take it for the student
         tuner.report_epoch(record[f"{session.selection_split}_accuracy_percent"])
     key = f"{session.selection_split}_accuracy_percent"
     if session.best is None or record[key] > session.best[key]:

@@ -1,6 +1,7 @@
 """Inside an NNI trial: what the tuner proposes, and what it is told. nni is imported nowhere else, and here only in a trial."""
 
 import os
+import sys
 
 from names import UserError
 
@@ -20,8 +21,13 @@ def experiment():
 
 def parameters():
     """{setting: value} from the tuner. Keys that mean nothing here, or the same twice, are UserErrors."""
-    import nni
-
+    try:
+        import nni
+    except ImportError as error:
+        raise UserError(
+            f"this is an NNI trial and its Python, {sys.executable}, cannot import nni ({error}); "
+            "start nnictl from a shell where the environment it belongs to is activated"
+        ) from None
     proposed = nni.get_next_parameter() or {}
     if unknown := [key for key in proposed if key not in PARAMETERS]:
         raise UserError(f"the tuner proposes {', '.join(sorted(unknown))}; search_space.json may hold {' '.join(PARAMETERS)}")
