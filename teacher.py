@@ -181,7 +181,7 @@ class LogitsTable:
         device = self.split.images.device
         for view in range(self.values.shape[1]):
             missing = (~_filled(self.values[:, view])).nonzero()[:, 0].to(device)
-            for index in missing.split(8 * CALL_SIZE):
+            for index in missing.split(8 * CALL_SIZE) if len(missing) else ():
                 views = torch.full_like(index, view)
                 self._store(index, views, self._answer(index, views))
 
