@@ -1,0 +1,87 @@
+"""The suite's shape: who may import whom, who may print, and that importing does nothing."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("*.py"))}
+
+# Left may import right and nothing else of the suite's; every row is below the rows that it imports.
+ARROWS = {
+    "names": "",
+    "augmentation": "",
+    "losses": "",
+    "arguments": "names",
+    "recipes": "names",
+    "tuner": "names",
+    "checkpoint": "names",
+    "model_factory": "names checkpoint",
+    "data_loader": "names checkpoint augmentation",
+    "runlog": "names checkpoint",
+    "engine": "data_loader",
+    "teacher": "names augmentation checkpoint data_loader engine",
+    "training": "names recipes tuner checkpoint model_factory data_loader runlog losses engine teacher",
+    "train": "names arguments recipes tuner checkpoint engine runlog training",
+    "evaluate": "names arguments data_loader engine model_factory",
+}
+COMMANDS = ("train", "evaluate")
+# Asked before the arguments are known to be good; what else they need is imported where it is used.
+LIGHT = {"names": set(), "recipes": set(), "arguments": {"torch"}, "tuner": {"nni"}}
+PRINTERS = (*COMMANDS, "arguments", "runlog")  # errors of usage, and the console
+
+
+def imports(nodes):
+    """Top-level names of the packages that import statements name."""
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def calls(tree):
+    return {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_follow_the_arrows(module):
+    assert module in ARROWS, f"{module}.py is new: give it a row in ARROWS"
+    of_ours = set(imports(ast.walk(MODULES[module]))) & MODULES.keys()
+    assert of_ours <= set(ARROWS[module].split())
+    above = list(ARROWS)[: list(ARROWS).index(module)]
+    assert set(ARROWS[module].split()) <= set(above), "arrows point one way only"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_nothing_imports_a_command(module):
+    assert not set(imports(ast.walk(MODULES[module]))) & set(COMMANDS)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - set(PRINTERS)))
+def test_libraries_do_not_print(module):
+    assert not calls(MODULES[module]) & {"print", "input"}
+
+
+@pytest.mark.parametrize("module", sorted(MODULES.keys() - set(COMMANDS) - {"arguments"}))
+def test_libraries_know_no_arguments(module):
+    assert "argparse" not in set(imports(ast.walk(MODULES[module])))
+    assert "__main__" not in ast.dump(MODULES[module])
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_light_modules_need_the_standard_library_alone(module):
+    allowed = set(sys.stdlib_module_names) | MODULES.keys()
+    assert set(imports(MODULES[module].body)) <= allowed
+    assert set(imports(ast.walk(MODULES[module]))) <= allowed | LIGHT[module]
+
+
+def test_importing_prints_nothing_and_leaves_the_gpu_alone():
+    code = (
+        f"import torch, {', '.join(MODULES)}; assert not torch.cuda.is_initialized(); assert 'nni' not in __import__('sys').modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
