@@ -269,7 +269,7 @@ def test_two_processes_fill_one_table(teacher_file, tmp_path, start_command, cal
     command = ("train.py", *tiny, "--teacher", "plane2", "--teacher-checkpoint", teacher_file, "--augment", "crop-flip")
     command += ("--teacher-cache", "lazy")
     pair = [start_command(*command, "--seed", seed, "--run-dir", tmp_path / f"together{seed}") for seed in (1, 2)]
-    ends = [process.communicate(timeout=120) for process in pair]
+    ends = [process.communicate(timeout=300) for process in pair]
     assert [process.returncode for process in pair] == [0, 0], ends
     assert len(table_files(teacher_file)) == 1
     assert call(train, *command[1:], "--seed", 1, "--run-dir", tmp_path / "alone").status == 0

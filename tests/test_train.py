@@ -229,11 +229,11 @@ def wait_for(condition, process):
 
 def interrupted(start_command, tiny, folder, number):
     """The real script, sent a signal inside its second epoch; returns its exit status."""
-    process = start_command("train.py", *tiny, *SLOW, "--save-minutes", "0.0005", "--run-dir", folder)
+    process = start_command("train.py", *tiny, *SLOW, "--save-minutes", "0.003", "--run-dir", folder)
     last = folder / "last.pth.tar"
     wait_for(lambda: last.exists() and (saved := checkpoint.read(last))["epoch"] == 1 and saved["step"] > 0, process)
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     return process.returncode
 
 
