@@ -24,8 +24,8 @@ ARROWS = {
     "data_loader": "names checkpoint augmentation",
     "runlog": "names checkpoint",
     "engine": "data_loader",
-    "teacher": "names augmentation checkpoint data_loader engine",
-    "training": "names recipes tuner checkpoint model_factory data_loader runlog losses engine teacher",
+    "teacher": "names augmentation checkpoint data_loader engine kernels",
+    "training": "names recipes tuner checkpoint kernels model_factory data_loader runlog losses engine teacher",
     "train": "names arguments recipes tuner checkpoint engine runlog training",
     "evaluate": "names arguments data_loader engine model_factory",
 }
