@@ -35,7 +35,7 @@ def make(path, split, precision="fp32"):
 def attach(teacher, split, path, augment="crop-flip", mode="lazy"):
     """What is said; the teacher has its table afterwards."""
     said = []
-    teachers.attach_table(teacher, split, augment, mode, path, said.append)
+    teachers.attach_table(teacher, split, augment, mode, path, 2, said.append)
     return said
 
 
@@ -104,13 +104,13 @@ def test_the_score_is_the_networks_own(teacher_file, split):
     test = data_loader.load("digits")[1]
     plain = engine.score(engine.predict(network, test), test.labels)["accuracy_percent"]
     said = []
-    assert make(teacher_file, split).score(test, plain, said.append) == pytest.approx(plain, abs=0.3)
+    assert make(teacher_file, split).score(test, teacher_file, plain, said.append) == pytest.approx(plain, abs=0.3)
     assert len(said) == 1 and f"{plain:.2f}" in said[0]
 
 
 def test_a_score_unlike_the_recorded_one_is_a_warning(teacher_file, split):
     said = []
-    make(teacher_file, split).score(data_loader.load("digits")[1], 50.0, said.append)
+    make(teacher_file, split).score(data_loader.load("digits")[1], teacher_file, 50.0, said.append)
     assert said[-1].startswith("warning:")
 
 
