@@ -79,23 +79,24 @@ def test_training_does_not_touch_the_teacher(teacher_file, tmp_path):
     directory = runlog.RunDirectory(tmp_path / "run")
     with checkpoint.StopSignals() as signals, directory.claim():
         training.fit(session, directory, None, origins, {}, signals)
-    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    assert before and all(torch.equal(before[key], value) for key, value in network.state_dict().items())
     assert not all(torch.equal(student[key], value) for key, value in session.student.state_dict().items())
     assert not network.training and all(not value.requires_grad and value.grad is None for value in network.parameters())
 
 
 @pytest.mark.parametrize("name", ["plane2", "plane10", "resnet8", "resnet20"])
-def test_folding_batch_norm_changes_nothing(name):
+def test_freezing_changes_no_answer_and_not_the_network(name):
     torch.manual_seed(0)
     network = model_factory.create_network(name, 10)
     with torch.no_grad():  # statistics that are not 0 and 1, as after training
         for _ in range(3):
             network(torch.rand(32, 3, 32, 32) * 3)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    folded = teachers.folded(network)
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    frozen = teachers.frozen(network, torch.device("cpu"), torch.float32)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in frozen.modules())  # folded away
     images = torch.randn(16, 3, 32, 32)
-    torch.testing.assert_close(folded(images), network.eval()(images), rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(images), network.eval()(images), rtol=1e-3, atol=1e-4)
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
