@@ -166,14 +166,16 @@ class StopSignals:
     """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning before a time limit) end the process at a good moment.
 
     Outside `deferred()` a signal raises Stopped at once. Inside it is only noted in `received`, so that a training step ends and
-    a save is made; a second one raises all the same.
+    a save is made; a second one raises all the same, if it is not the first's echo: a terminal's Ctrl-C or SLURM's signal reaches
+    a process of a group once directly and once through what started the group.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self):
+    def __init__(self, echo_seconds=0):
         self.received = None
         self._deferring = False
+        self._echo_seconds, self._time = echo_seconds, float("-inf")
 
     def __enter__(self):
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
@@ -184,15 +186,16 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number, _frame):
+        now = time.monotonic()
         if self._deferring and self.received is None:
-            self.received = number
-        else:
+            self.received, self._time = number, now
+        elif now - self._time >= self._echo_seconds:
             raise Stopped(number)
 
     @contextlib.contextmanager
     def deferred(self):
-        self._deferring = True
+        before, self._deferring = self._deferring, True
         try:
             yield
         finally:
-            self._deferring = False
+            self._deferring = before

@@ -10,13 +10,16 @@ an interrupted run, or says that it is finished. Everything lands in --run-dir: 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
 import arguments
+import launcher
 import names
 import recipes
 import tuner
@@ -26,6 +29,7 @@ from names import UserError
 # Settings that change where or how fast a run is made, not what comes out of it: a run may continue under other ones.
 INCIDENTAL = ("cuda", "dataset_dir", "download", "run_dir", "save_minutes", "teacher_cache", "teacher_checkpoint", "json")
 DEFAULT_SEED = 1
+ECHO_SECONDS = 5  # within which a second signal to a process of a group is the first one again
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -67,8 +71,8 @@ def build_parser():
     parser.flag(group, "--seed", type=number(int, minimum=0, maximum=2**63 - 1), default=DEFAULT_SEED, metavar="N",
                 help="of weights, order and views")
     group = parser.add_argument_group("machine")
-    parser.flag(group, "--cuda", type=arguments.cuda, metavar="N", help="GPUs: 1 or yes, 0 or no, or a number "
-                "(without the flag: a GPU if there is one)")
+    parser.flag(group, "--cuda", type=arguments.cuda, metavar="N", help="GPUs: 1 or yes, 0 or no, or a number, a process each "
+                "(without the flag: a GPU if there is one); under torchrun: 0, or a GPU for each of its processes")
     parser.flag(group, "--precision", choices=("auto", "fp32", "bf16"), default="auto",
                 help="arithmetic of the networks; auto takes bf16 where the hardware has it")
     group = parser.add_argument_group("records")
@@ -94,13 +98,27 @@ def given_settings(argv):
                     raise UserError(f"--{key} is given and also proposed by the tuner; remove one of them")
                 given[key], origins[key] = proposed_value(parser, key, value), "tuner"
         check_combinations(given, origins)
-        device = arguments.device_name(given.get("cuda"))
+        for key, default in parser.defaults.items():
+            if key not in given and default is not None:
+                given[key], origins[key] = default, "default"
+        device = training_device(given)
     except UserError as error:
         parser.error(str(error))
-    for key, default in parser.defaults.items():
-        if key not in given and default is not None:
-            given[key], origins[key] = default, "default"
     return given, origins, device
+
+
+def training_device(given):
+    """'cuda' or 'cpu', where this machine's processes (torchrun's, or --cuda's own) have a GPU and an image each."""
+    wanted, place = given.get("cuda"), launcher.place()
+    if place.size > 1 and wanted not in (None, 0, 1, place.local_size):
+        raise UserError(f"--cuda {wanted}: torchrun started {place.local_size} processes here, and each takes one GPU")
+    device = arguments.device_name(wanted)
+    if place.size > 1 and device == "cuda":
+        arguments.device_name(place.local_size)
+    processes = place.size if place.size > 1 else wanted or 1
+    if given["batch_size"] < processes:
+        raise UserError(f"--batch-size {given['batch_size']}: {processes} processes share a batch, and each needs an image of it")
+    return device
 
 
 def proposed_value(parser, key, value):
@@ -168,37 +186,45 @@ def teacher_settings(given, origins):
 
 
 # ---------------------------------------------------------------------------------------------------- a run
-def run(given, origins, device, console, signals, wait=False):
+def run(given, origins, device, console, signals, wait=False, world=None):
     """One training, begun or continued, with its teacher's before it where that is needed. Returns its summary (a dict).
+
+    In a group of processes (`world`, a parallel.World) all call this and get the same summary.
 
     Raises UserError for what the user can mend, engine.Diverged where the loss is no longer finite, checkpoint.Stopped on a signal.
     """
     # torch and what imports it come here, after the arguments are known to be good.
+    import parallel
     import runlog
     import training
 
+    world = world or parallel.World()
     settings, origins = resolve(given, origins)
     if "without_effect" in settings:
         proposed = ", ".join(f"{key} {value:g}" for key, value in settings["without_effect"].items())
         console.say(f"note: the tuner's {proposed} have no effect without --teacher")
     if "teacher" in settings and "teacher_checkpoint" not in settings:
         console.say(f"The teacher {settings['teacher']} first:")
-        made = run(*teacher_settings(given, origins), device, console, signals, wait=True)
+        made = run(*teacher_settings(given, origins), device, console, signals, wait=True, world=world)
         settings["teacher_checkpoint"], origins["teacher_checkpoint"] = made["checkpoint"], "its own run"
         console.say(f"Now the student {settings['student']}:")
     identity = {key: value for key, value in settings.items() if key not in INCIDENTAL}
     if "teacher" in settings:
-        identity["teacher_weights"] = training.weights_digest(settings["teacher_checkpoint"])
+        identity["teacher_weights"] = world.shared(lambda: training.weights_digest(settings["teacher_checkpoint"]))
     directory = runlog.RunDirectory(run_path(settings, identity))
-    recorded = directory.check(identity)
-    if (summary := directory.read(directory.summary_file)) is not None:
+
+    def found():
+        return directory.check(identity), directory.read(directory.summary_file)
+
+    recorded, summary = world.shared(found)
+    if summary is not None:
         console.say(f"finished  {directory.path} (best {training.closing(summary)})")
         return summary
-    session = training.Session(settings, recorded, device, console)
-    with directory.claim(wait=wait, say=console.say):
-        if (summary := directory.read(directory.summary_file)) is not None:  # whoever held the lock has finished it
+    session = world.in_turn(lambda: training.Session(settings, recorded, device, console, world))
+    with directory.claim(wait=wait, say=console.say) if world.first else contextlib.nullcontext():
+        recorded, summary = world.shared(found)  # whoever held the lock may have finished it, or was stopped half-way
+        if summary is not None:
             return summary
-        recorded = directory.check(identity)  # whoever held the lock may have been stopped half-way
         return training.fit(session, directory, recorded, origins, identity, signals)
 
 
@@ -216,23 +242,43 @@ def run_path(settings, identity):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     stdout = sys.stdout  # importing nni in a trial makes sys.stdout its trial.log
-    given, origins, device = given_settings(argv)
+    with launcher.one_voice():
+        given, origins, device = given_settings(argv)
+    if given.get("cuda", 0) > 1 and launcher.place().size == 1:
+        command = [sys.executable, str(Path(__file__).resolve()), *argv]
+        sys.exit(launcher.launch(given["cuda"], command, lambda line: arguments.fail("train.py", line, 1)))
     import checkpoint
     import engine
+    import parallel
     import runlog
 
-    console = runlog.Console(sys.stderr if given.get("json") else sys.stdout)
     try:
-        with checkpoint.StopSignals() as signals:
-            summary = run(given, origins, device, console, signals)
-    except UserError as error:
-        sys.exit(arguments.fail("train.py", error, 2))
-    except (engine.Diverged, OSError, MemoryError) as error:
+        world = parallel.join(device)
+    except ConnectionError as error:
         sys.exit(arguments.fail("train.py", error, 1))
-    if "trial" in given:
+    stream = sys.stderr if given.get("json") else sys.stdout
+    console = runlog.Console(stream if world.first else open(os.devnull, "w"))
+    try:
+        with checkpoint.StopSignals(ECHO_SECONDS if world.size > 1 else 0) as signals:
+            summary = run(given, origins, device, console, signals, world=world)
+    except UserError as error:
+        sys.exit(failed(world, error, 2))
+    except (engine.Diverged, OSError, MemoryError) as error:
+        sys.exit(failed(world, error, 1))
+    except RuntimeError as error:
+        if not world.lost(error):
+            raise
+        sys.exit(launcher.LOST)  # the process that failed says why
+    world.leave()
+    if "trial" in given and world.first:
         tuner.report_final(summary["best"]["accuracy_percent"])
-    if given.get("json"):
+    if given.get("json") and world.first:
         print(json.dumps(summary), file=stdout)
+
+
+def failed(world, error, status):
+    """The exit status. An error that several processes meet is printed by one."""
+    return arguments.fail("train.py", error, status) if world.speaks() else status
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in so
 # Left may import right and nothing else of the suite's; every row is below the rows that it imports.
 ARROWS = {
     "names": "",
+    "launcher": "",
+    "parallel": "launcher",
     "augmentation": "",
     "losses": "",
     "kernels": "",
@@ -25,13 +27,13 @@ ARROWS = {
     "runlog": "names checkpoint",
     "engine": "data_loader",
     "teacher": "names augmentation checkpoint data_loader engine kernels",
-    "training": "names recipes tuner checkpoint kernels model_factory data_loader runlog losses engine teacher",
-    "train": "names arguments recipes tuner checkpoint engine runlog training",
+    "training": "names parallel recipes tuner checkpoint kernels model_factory data_loader runlog losses engine teacher",
+    "train": "names launcher parallel arguments recipes tuner checkpoint engine runlog training",
     "evaluate": "names arguments data_loader engine model_factory",
 }
 COMMANDS = ("train", "evaluate")
 # Asked before the arguments are known to be good; what else they need is imported where it is used.
-LIGHT = {"names": set(), "recipes": set(), "arguments": {"torch"}, "tuner": {"nni"}}
+LIGHT = {"names": set(), "launcher": set(), "recipes": set(), "arguments": {"torch"}, "tuner": {"nni"}}
 PRINTERS = (*COMMANDS, "arguments", "runlog")  # errors of usage, and the console
 
 
