@@ -10,6 +10,8 @@ tables and saves while the others wait). Rank 0 alone writes. launcher.py starts
 
 import datetime
 import inspect
+import os
+import sys
 
 import torch
 from torch import distributed, nn
@@ -103,8 +105,17 @@ class World:
         return self.size > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error).lower())
 
     def leave(self):
+        """For all, when everything is done."""
         if self.size > 1:
             distributed.destroy_process_group()
+
+    def end(self, status):
+        """End this process with an exit status, whatever the others do."""
+        if self.size == 1:
+            sys.exit(status)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # connections to processes that are gone cannot be closed in order: torch aborts, or waits
 
 
 def join(device):

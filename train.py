@@ -261,14 +261,16 @@ def main(argv=None):
     try:
         with checkpoint.StopSignals(ECHO_SECONDS if world.size > 1 else 0) as signals:
             summary = run(given, origins, device, console, signals, world=world)
+    except checkpoint.Stopped as stop:
+        world.end(stop.code)
     except UserError as error:
-        sys.exit(failed(world, error, 2))
+        world.end(failed(world, error, 2))
     except (engine.Diverged, OSError, MemoryError) as error:
-        sys.exit(failed(world, error, 1))
+        world.end(failed(world, error, 1))
     except RuntimeError as error:
         if not world.lost(error):
             raise
-        sys.exit(launcher.LOST)  # the process that failed says why
+        world.end(launcher.LOST)  # the process that failed says why
     world.leave()
     if "trial" in given and world.first:
         tuner.report_final(summary["best"]["accuracy_percent"])
