@@ -4,6 +4,7 @@
   python3 train.py --student plane10 --dataset digits --epochs 10               cross-entropy only, the paper's NOKD
   python3 train.py --teacher plane10 --student plane2 --dataset digits --epochs 10
   python3 train.py --teacher resnet110 --teacher-checkpoint FILE --student resnet20 --dataset cifar100 --cuda 1
+  torchrun --nproc-per-node 2 train.py --student resnet20                       as --cuda 2: two GPUs share each batch
 
 Without --teacher-checkpoint the teacher is trained first, with its own recipe, and its run kept. The same command again continues
 an interrupted run, or says that it is finished. Everything lands in --run-dir: see runlog.py.

