@@ -22,6 +22,7 @@ import augmentation
 import checkpoint
 import data_loader
 import engine
+import files
 from names import UserError
 
 
@@ -127,7 +128,7 @@ class LogitsTable:
         self.teacher, self.split, self.augment = teacher, split, augment
         self.path = Path(path)
         shape = (len(split), augmentation.VIEWS[augment], len(split.classes))
-        with checkpoint.locked(self.path.with_suffix(".lock"), f"table {self.path}", wait=True, say=say):
+        with files.locked(self.path.with_suffix(".lock"), f"table {self.path}", wait=True, say=say):
             self.values = self._open(shape, say)
 
     def _open(self, shape, say):
@@ -137,7 +138,7 @@ class LogitsTable:
             if not self.path.exists() or self.path.stat().st_size != size:
                 if attempt == "as found" and self.path.exists():
                     say(f"warning: table {self.path} is damaged: rebuilding it")
-                with checkpoint.replacing(self.path) as temporary, open(temporary, "wb") as file:
+                with files.replacing(self.path) as temporary, open(temporary, "wb") as file:
                     file.truncate(size)
             values = torch.from_numpy(np.memmap(self.path, np.float16, "r+", shape=shape))
             if self._agrees(values):
