@@ -6,6 +6,7 @@ The networks themselves are in model_factory.py, the images in data_loader.py, t
 
 import ast
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,5 +115,10 @@ def method(name):
 
 
 def _nearest(word, known):
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.3)
-    return f" (did you mean {close[0]}?)" if close else ""
+    """The likeliest of the known words; of several equally like, the one that begins like it: resnet21 means resnet20, not 32."""
+
+    def likeness(name):
+        return difflib.SequenceMatcher(None, word, name).ratio(), len(os.path.commonprefix([word, name]))
+
+    close = max(known, key=likeness)
+    return f" (did you mean {close}?)" if likeness(close)[0] > 0.3 else ""

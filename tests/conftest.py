@@ -9,10 +9,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-for name in [name for name in os.environ if name.startswith("NNI_")]:
-    del os.environ[name]
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; bits depend on the number of threads
-
 import numpy as np
 import pytest
 import torch
@@ -22,6 +18,10 @@ import names
 import train
 
 ROOT = Path(train.__file__).resolve().parent
+# No experiment around the tests, and one thread in here and in the commands: bits depend on the number of threads.
+for name in [name for name in os.environ if name.startswith("NNI_")]:
+    del os.environ[name]
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
