@@ -107,6 +107,7 @@ def load(name, dataset_dir="data", download=True, say=lambda line: None):
     if name == "digits":
         arrays, classes = _digits()
     elif (dataset_dir / TORCHVISION_FOLDERS[name]).is_dir():
+        _wait_for_unpacking(name, dataset_dir, say)
         arrays, classes = _torchvision(name, dataset_dir, download=False)
     elif (dataset_dir / name).is_dir():
         arrays, classes = _class_folders(name, dataset_dir / name, say)
@@ -186,6 +187,14 @@ def _torchvision(name, dataset_dir, download):
 def _manual_steps(name, dataset_dir):
     dataset_class = _torchvision_class(name)
     return f"fetch {dataset_class.url} (md5 {dataset_class.tgz_md5}) and unpack it: tar -xzf {dataset_class.filename} -C {dataset_dir}"
+
+
+def _wait_for_unpacking(name, dataset_dir, say):
+    """A folder that another process has just made may not be full yet."""
+    lock = dataset_dir / f".{name}.lock"
+    if os.access(lock, os.W_OK):
+        with checkpoint.locked(lock, f"the download of {name}", wait=True, say=say):
+            pass
 
 
 def _downloaded(name, dataset_dir, download, say):

@@ -1,0 +1,216 @@
+"""config.yml and search_space.json as shipped, run by a real `nnictl create` with two trials at once.
+
+Only what a machine without a GPU cannot do is changed: the networks and the data set are small, there are fewer and shorter
+trials, no GPU is asked for, and everything that NNI and the trials write goes into the test's folder.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import closing, suppress
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(train.__file__).resolve().parent
+BIN = Path(sys.executable).parent
+TRIALS, EPOCHS = 6, 2
+SMALLER = {"--epochs": str(EPOCHS), "--teacher": "plane4", "--student": "plane2", "--cuda": "0", "--dataset": "digits"}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not importlib.util.find_spec("nni"), reason="nni is not installed (requirements.txt has it)"),
+]
+
+
+def derived_config(folder):
+    """The shipped config.yml with what must differ, written into `folder`."""
+    import yaml
+
+    config = yaml.safe_load((ROOT / "config.yml").read_text())
+    words = shlex.split(config["trialCommand"])
+    for flag, value in SMALLER.items():
+        words[words.index(flag) + 1] = value
+    config |= {
+        "trialCommand": shlex.join([*words, "--run-dir", str(folder / "runs")]),
+        "trialCodeDirectory": str(ROOT / config["trialCodeDirectory"]),
+        "searchSpaceFile": str(ROOT / config["searchSpaceFile"]),
+        "trialGpuNumber": 0,
+        "trialConcurrency": 2,
+        "maxTrialNumber": TRIALS,
+        "experimentWorkingDirectory": str(folder / "experiments"),
+    }
+    (folder / "config.yml").write_text(yaml.safe_dump(config))
+    return folder / "config.yml"
+
+
+class Experiment:
+    """A real experiment, from `nnictl create` to `nnictl stop`. NNI's own records go to a home of the experiment's."""
+
+    def __init__(self, config, folder):
+        self.home = folder / "home"
+        self.home.mkdir()
+        path = os.pathsep.join([str(BIN), os.environ["PATH"]])  # as in a shell with the environment activated
+        self.environment = os.environ | {"HOME": str(self.home), "PATH": path}
+        with closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        created = self.nnictl("create", "--config", config, "--port", self.port, "--debug")
+        assert created.returncode == 0, created.stdout + created.stderr
+        (self.id,) = json.loads((self.home / "nni-experiments" / ".experiment").read_text())
+        self.folder = folder / "experiments" / self.id
+
+    def nnictl(self, *words):
+        command = [str(BIN / "nnictl"), *map(str, words)]
+        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
+
+    def ask(self, what):
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(f"http://127.0.0.1:{self.port}/api/v1/nni/{what}", timeout=20) as answer:
+            return json.load(answer)
+
+    def wait(self, limit_seconds=900):
+        """Until all trials are done and their metrics, which NNI reads from files, have come through."""
+        deadline = time.monotonic() + limit_seconds
+        while time.monotonic() < deadline:
+            status = self.ask("check-status")
+            assert not status["errors"], status
+            finals = sum(metric["type"] == "FINAL" for metric in self.ask("metric-data"))
+            if status["status"] == "DONE" and finals >= TRIALS:
+                return
+            time.sleep(1)
+        pytest.fail(f"not done after {limit_seconds} s: {self.ask('trial-jobs')}")
+
+    def processes(self):
+        """What runs with the experiment's home, and so was started by it."""
+        import psutil
+
+        mine = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("HOME") == str(self.home):
+                    mine.append(process)
+        return mine
+
+    def kill(self):
+        for process in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+
+    def database(self, query):
+        with closing(sqlite3.connect(self.folder / "db" / "nni.sqlite")) as database:
+            return database.execute(query).fetchall()
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nni")
+    config = derived_config(folder)
+    made = Experiment.__new__(Experiment)
+    try:
+        made.__init__(config, folder)
+        made.wait()
+        yield made
+    finally:
+        made.kill()
+
+
+@pytest.fixture(scope="module")
+def proposals(experiment):
+    """{trial id: (parameter id, parameters)}: what the tuner proposed to whom, from NNI's database."""
+    rows = experiment.database("select trialJobId, data from TrialJobEvent where event = 'WAITING'")
+    return {trial: (proposal["parameter_id"], proposal["parameters"]) for trial, data in rows for proposal in [json.loads(data)]}
+
+
+def record(experiment, trial, name="config.json"):
+    return json.loads((experiment.folder.parents[1] / "runs" / trial / name).read_text())
+
+
+def test_every_trial_succeeds_with_parameters_of_the_shipped_space(experiment, proposals):
+    jobs = experiment.ask("trial-jobs")
+    assert [job["status"] for job in jobs] == ["SUCCEEDED"] * TRIALS
+    assert {job["trialJobId"] for job in jobs} == set(proposals)
+    assert len({number for number, _ in proposals.values()}) == TRIALS
+    space = json.loads((ROOT / "search_space.json").read_text())
+    for _, parameters in proposals.values():
+        assert parameters.keys() == space.keys()
+        assert parameters["T_student"] in space["T_student"]["_value"]
+        assert parameters["seed"] in space["seed"]["_value"]
+        assert 0.05 <= parameters["lambda_student"] <= 1
+
+
+def test_every_trial_records_the_parameters_that_it_used(experiment, proposals):
+    for trial, (_, parameters) in proposals.items():
+        config, summary = record(experiment, trial), record(experiment, trial, "summary.json")
+        for key, setting in (("T_student", "temperature"), ("lambda_student", "lambda"), ("seed", "seed")):
+            assert config[setting] == parameters[key]
+            assert config["origins"][setting] == "tuner"
+        assert summary["method_options"]["temperature"] == parameters["T_student"]
+        assert summary["method_options"]["lambda"] == parameters["lambda_student"]
+        assert summary["seed"] == parameters["seed"]
+        assert summary["path"] == ["plane4", "plane2"]
+        assert Path(summary["checkpoint"]).name == f"plane2_{trial}_best.pth.tar"
+        assert Path(summary["checkpoint"]).is_file()
+
+
+def test_the_tuner_gets_each_final_metric_for_the_parameters_that_made_it(experiment, proposals):
+    """By the parameter id in the message that NNI's manager sends to the tuner, as its debug log has it."""
+    told = {}
+    for line in (experiment.folder / "log" / "nnimanager.log").read_text().splitlines():
+        if message := re.search(r"WebSocketChannel\) Sending ME(\{.*\})", line):
+            metric = json.loads(message[1])
+            if metric["type"] == "FINAL":
+                told[metric["parameter_id"]] = (metric["trial_job_id"], json.loads(metric["value"]))
+    proposed = dict(proposals.values())  # by parameter id
+    earned = {}
+    for number, (trial, accuracy_percent) in told.items():
+        config = record(experiment, trial)
+        used = {"T_student": config["temperature"], "lambda_student": config["lambda"], "seed": config["seed"]}
+        assert used == proposed[number]
+        assert accuracy_percent == record(experiment, trial, "summary.json")["best"]["accuracy_percent"]
+        earned[trial] = accuracy_percent
+    assert earned.keys() == proposals.keys()
+    assert len(set(earned.values())) > 1  # else any mix-up would pass
+
+
+def test_every_epoch_of_the_student_and_none_of_the_teacher_is_reported(experiment, proposals):
+    rows = experiment.database("select trialJobId, parameterId, sequence, data from MetricData where type = 'PERIODICAL'")
+    reported = {(trial, int(number), sequence): float(json.loads(data)) for trial, number, sequence, data in rows}
+    expected = {}
+    for trial, (number, _) in proposals.items():
+        lines = (experiment.folder.parents[1] / "runs" / trial / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == EPOCHS
+        for epoch, line in enumerate(lines):
+            expected[trial, number, epoch] = json.loads(line)["test_accuracy_percent"]
+    assert reported == expected
+
+
+def test_all_trials_learn_from_one_teacher(experiment, proposals):
+    teacher = record(experiment, "teacher", "summary.json")
+    assert teacher["path"] == ["plane4"]
+    assert teacher["seed"] == train.DEFAULT_SEED
+    assert len({record(experiment, trial)["teacher_weights"] for trial in proposals}) == 1
+    assert {record(experiment, trial)["teacher_checkpoint"] for trial in proposals} == {teacher["checkpoint"]}
+    runs = experiment.folder.parents[1] / "runs"
+    assert {entry.name for entry in runs.iterdir()} == {"teacher", *proposals}
+
+
+def test_stopping_leaves_no_process(experiment):
+    assert experiment.processes()
+    stopped = experiment.nnictl("stop", experiment.id)
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    deadline = time.monotonic() + 60
+    while experiment.processes() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not experiment.processes()
