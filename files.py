@@ -68,3 +68,13 @@ def locked(path, what, wait=False, say=lambda line: None):
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
         yield
+
+
+def is_locked(path):
+    """Whether somebody holds the lock on a file at this moment."""
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno in (errno.EAGAIN, errno.EACCES)
+    return False

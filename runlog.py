@@ -63,6 +63,10 @@ class RunDirectory:
         """A lock on the folder for as long as the context lasts."""
         return files.locked(self.path / ".lock", f"run {self.path}", wait, say)
 
+    @property
+    def in_use(self):
+        return files.is_locked(self.path / ".lock")
+
     def start(self, config, first_epoch):
         """Record the configuration and drop records of epochs that will be run again."""
         files.save_json(config, self.config_file)
@@ -127,14 +131,14 @@ def environment(device):
         "numpy": numpy.__version__,
         "platform": platform.platform(),
         "host": platform.node(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
 
 
-def _processor():
+def processor():
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

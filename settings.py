@@ -5,6 +5,7 @@ Standard library only: the commands that plan trainings (distill_paths.py) read 
 
 import argparse
 import dataclasses
+import json
 
 import arguments
 import names
@@ -15,6 +16,7 @@ from names import UserError
 
 # Settings that change where or how fast a run is made, not what comes out of it: a run may continue under other ones.
 INCIDENTAL = ("cuda", "dataset_dir", "download", "run_dir", "save_minutes", "teacher_cache", "teacher_checkpoint", "json")
+NEED_TEACHER = ("teacher_checkpoint", "method", "temperature", "lambda", "teacher_cache")
 DEFAULT_SEED = 1
 
 
@@ -69,8 +71,11 @@ def build_parser(description=""):
     return parser  # fmt: skip
 
 
-def given_settings(argv, description=""):
-    """({setting: value}, {setting: origin}) of what the user and a tuner gave. Ends with a usage error where it is wrong."""
+def given_settings(argv, description="", elsewhere=False):
+    """({setting: value}, {setting: origin}, device) of what the user and a tuner gave. Ends with a usage error where it is wrong.
+
+    A run that is to be made `elsewhere` has no device yet.
+    """
     parser = build_parser(description)
     parsed = vars(parser.parse_args(argv))
     direct = vars(parser.parse_args(arguments.given_directly(argv)))
@@ -84,7 +89,7 @@ def given_settings(argv, description=""):
                     raise UserError(f"--{key} is given and also proposed by the tuner; remove one of them")
                 given[key], origins[key] = proposed_value(parser, key, value), "tuner"
         check_combinations(given, origins)
-        device = arguments.device_name(given.get("cuda"))
+        device = None if elsewhere else arguments.device_name(given.get("cuda"))
     except UserError as error:
         parser.error(str(error))
     for key, default in parser.defaults.items():
@@ -106,7 +111,7 @@ def proposed_value(parser, key, value):
 def check_combinations(given, origins):
     """Flags that would have no effect are refused, so that nobody believes they had one."""
     if "teacher" not in given:
-        for key in ("teacher_checkpoint", "method", "temperature", "lambda", "teacher_cache"):
+        for key in NEED_TEACHER:
             if key in given and origins[key] != "tuner":
                 raise UserError(f"--{key.replace('_', '-')} needs --teacher")
     if given.get("nesterov") and given.get("momentum") == 0:
@@ -142,3 +147,26 @@ def resolve(given, origins):
         for key in ("method", "temperature", "lambda", "teacher_cache"):
             settings.pop(key, None), origins.pop(key, None)
     return settings, origins
+
+
+def identity_of(settings):
+    """What makes the run: another identity is another run and belongs into another folder."""
+    return {key: value for key, value in settings.items() if key not in INCIDENTAL}
+
+
+def flags(given):
+    """The arguments that give these settings to train.py."""
+    words = []
+    for key, value in given.items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *(_word(item) for item in value)]
+        else:
+            words += [f"--{name}", _word(value)]
+    return words
+
+
+def _word(value):
+    return f"{value[0]}={json.dumps(value[1])}" if isinstance(value, tuple) else str(value)

@@ -17,7 +17,7 @@ from pathlib import Path
 import arguments
 import tuner
 from names import UserError
-from settings import DEFAULT_SEED, INCIDENTAL, given_settings, resolve
+from settings import DEFAULT_SEED, given_settings, identity_of, resolve
 
 
 def teacher_settings(given, origins):
@@ -52,7 +52,7 @@ def run(given, origins, device, console, signals, wait=False):
         made = run(*teacher_settings(given, origins), device, console, signals, wait=True)
         settings["teacher_checkpoint"], origins["teacher_checkpoint"] = made["checkpoint"], "its own run"
         console.say(f"Now the student {settings['student']}:")
-    identity = {key: value for key, value in settings.items() if key not in INCIDENTAL}
+    identity = identity_of(settings)
     if "teacher" in settings:
         identity["teacher_weights"] = training.weights_digest(settings["teacher_checkpoint"])
     directory = runlog.RunDirectory(run_path(settings, identity))
