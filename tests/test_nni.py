@@ -206,6 +206,21 @@ def test_all_trials_learn_from_one_teacher(experiment, proposals):
     assert {entry.name for entry in runs.iterdir()} == {"teacher", *proposals}
 
 
+def test_the_ranking_of_the_docs_is_by_what_the_trials_recorded(experiment, proposals, tmp_path):
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "nni.md").read_text(), re.DOTALL)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / f"nni-{experiment.id}").symlink_to(experiment.folder.parents[1] / "runs")
+    printed = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    best = {trial: record(experiment, trial, "summary.json")["best"]["accuracy_percent"] for trial in proposals}
+    lines = printed.splitlines()
+    assert [line.split(" %")[0] for line in lines] == [f"{percent:.2f}" for percent in sorted(best.values(), reverse=True)]
+    for line in lines:
+        trial = Path(line.split()[-1]).name
+        _, parameters = proposals[trial]
+        values = re.search(r"T (\S+) +lambda (\S+) +seed (\S+)", line).groups()
+        assert values == (f"{parameters['T_student']:g}", f"{parameters['lambda_student']:.2g}", str(parameters["seed"]))
+
+
 def test_stopping_leaves_no_process(experiment):
     assert experiment.processes()
     stopped = experiment.nnictl("stop", experiment.id)

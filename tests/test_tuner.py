@@ -106,9 +106,10 @@ def test_a_trial_whose_python_lacks_nni_says_so_in_one_line(run_command, tmp_pat
     assert sys.executable in outcome.err and "activated" in outcome.err
 
 
-def test_outside_a_trial_nni_is_not_imported(run_command, tmp_path):
-    path = module_that_raises(tmp_path, "nni", "RuntimeError")
-    outcome = run_command("train.py", *TINY, "--epochs", "1", "--run-dir", "run", cwd=tmp_path, PYTHONPATH=path)
+def test_outside_a_trial_nni_is_not_imported(call, tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "nni", raising=False)
+    monkeypatch.syspath_prepend(module_that_raises(tmp_path, "nni", "RuntimeError"))
+    outcome = call(train, *TINY, "--epochs", "1", "--run-dir", tmp_path / "run")
     assert outcome.status == 0, outcome.err
     config, _, _ = read(tmp_path / "run")
     assert "trial" not in config
