@@ -9,6 +9,7 @@ import hashlib
 import json
 import pickle
 import signal
+import time
 import warnings
 from pathlib import Path
 
@@ -104,7 +105,8 @@ class StopSignals:
     """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning before a time limit) end the process at a good moment.
 
     Outside `deferred()` a signal raises Stopped at once. Inside it is only noted in `received`, so that a training step ends and
-    a save is made; a second one raises all the same.
+    a save is made; a second one raises all the same. What comes within a second of another is the same request: a launcher
+    passes on what its whole group was sent.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -112,6 +114,7 @@ class StopSignals:
     def __init__(self):
         self.received = None
         self._deferring = False
+        self._last = float("-inf")
 
     def __enter__(self):
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
@@ -122,6 +125,9 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number, _frame):
+        before, self._last = self._last, time.monotonic()
+        if self._last - before < 1:
+            return
         if self._deferring and self.received is None:
             self.received = number
         else:

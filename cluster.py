@@ -44,9 +44,11 @@ class Site:
     stage: list | None = None
     sbatch: list | None = None
 
-    @property
-    def options(self):
-        gpus = self.gpu_type if self.gpu_type is None or re.search(r":\d+$|^\d+$", self.gpu_type) else f"{self.gpu_type}:1"
+    def options(self, trains):
+        """For sbatch; a job that does not train gets no GPU."""
+        gpus = self.gpu_type if trains else None
+        if gpus and not re.search(r":\d+$|^\d+$", gpus):
+            gpus += ":1"
         known = {"account": self.account, "gpus-per-node": gpus, "time": self.time, "mem": self.memory, "cpus-per-task": self.cpus}
         return [f"--{key}={value}" for key, value in known.items() if value is not None] + (self.sbatch or [])
 
@@ -109,7 +111,7 @@ def sbatch(job, site, folder, dependency):
     """The command that submits a job."""
     waits = [f"--dependency={dependency}"] + ["--kill-on-invalid-dep=yes"] * bool(job.trainings) if dependency else []
     output = Path(folder) / "logs" / f"{job.name}-%j.log"
-    return ["sbatch", "--parsable", f"--job-name={job.name}", f"--output={output}", *waits, *site.options, str(SCRIPT), *job.command]
+    return ["sbatch", "--parsable", f"--job-name={job.name}", f"--output={output}", *waits, *site.options(bool(job.trainings)), str(SCRIPT), *job.command]
 
 
 class Script:

@@ -50,7 +50,7 @@ def paths(study, published):
         for i, network in enumerate(path):
             prefix = path[: i + 1]
             if i:
-                axes.annotate("", (columns[network] - 0.29, y), (columns[path[i - 1]] + 0.29, y),
+                axes.annotate("", (columns[network] - 0.23, y), (columns[path[i - 1]] + 0.23, y),
                               arrowprops={"arrowstyle": "-|>", "color": FAINT, "lw": 1.2, "mutation_scale": 11})  # fmt: skip
             _node(axes, columns[network], y, study, prefix, published, best=prefix == best, quiet=i == 0)
     y = len(rows)
@@ -123,9 +123,11 @@ def assistants(study, published):
                               ha="right", fontsize=8, color=color)  # fmt: skip
     shown = [Line2D([], [], marker="o", ls="", color=BLUE, label="a path (mean ± deviation of its seeds)"),
              Line2D([], [], marker="o", ls="", color=BEST, label=f"best: {study.short(best)}" if best else "best")]  # fmt: skip
+    if any(len(members) > 1 for members in by_count.values()):
+        shown.append(Line2D([], [], color=BLUE, alpha=0.5, label="mean of these paths"))
     if any(path in published for path in done):
         shown.append(Line2D([], [], marker="D", ls="", mfc="none", mec=PAPER, ms=5, label="the paper's number"))
-    figure.legend(handles=shown, loc="lower center", ncols=3, fontsize=8.5)
+    figure.legend(handles=shown, loc="lower center", ncols=4, fontsize=8.5)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     return figure
 
@@ -161,7 +163,7 @@ def curves(study):
             axes.plot(range(1, length + 1), means, marker="o" if length < 8 else None, ms=3, **look)
             if not alone:
                 teachers[path[-2]] = color[path[-2]]
-        axes.set(title=network, xlabel="epoch", ylabel="test accuracy, %")
+        axes.set(title=network, xlabel="epochs trained", ylabel="test accuracy, %")
         axes.xaxis.get_major_locator().set_params(integer=True)
     for axes in list(grid.flat)[len(shown) :]:
         axes.axis("off")
