@@ -119,7 +119,8 @@ class Script:
 
     def __init__(self, site, folder):
         self.site, self.folder = site, folder
-        self.lines = [f"export {key}={shlex.quote(value)}" for key, value in site.environment.items()]
+        self.lines = [f"mkdir -p {shlex.quote(str(Path(folder) / 'logs'))}  # where the jobs' output goes"]
+        self.lines += [f"export {key}={shlex.quote(value)}" for key, value in site.environment.items()]
 
     def __call__(self, job, dependency):
         variable = re.sub(r"\W", "_", job.name)

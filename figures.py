@@ -1,12 +1,12 @@
-"""Figures of a path study, as matplotlib figures: the tree with its numbers, what assistants bring, learning curves. No files, no reading.
+"""Figures of a path study, each as (SVG text, PNG bytes): the tree with its numbers, what assistants bring, learning curves.
 
 Shared look: ours in blue, the best marked in orange, trained alone in grey, published numbers small and grey.
 """
 
-import matplotlib
+import io
 
-matplotlib.use("Agg")  # no display on a cluster
-from matplotlib import pyplot
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 INK, GREY, FAINT, GRID = "#1b2733", "#6b7785", "#b8c1cc", "#e6eaef"
@@ -22,9 +22,15 @@ STYLE = {
 
 
 def styled(draw):
+    """The figure as (SVG text, PNG bytes). No window and no display is needed for these."""
+
     def drawn(*arguments):
-        with pyplot.rc_context(STYLE):
-            return draw(*arguments)
+        svg, png = io.StringIO(), io.BytesIO()
+        with rc_context(STYLE):
+            figure = draw(*arguments)
+            figure.savefig(svg, format="svg", metadata={"Date": None})
+            figure.savefig(png, format="png", dpi=160)
+        return svg.getvalue(), png.getvalue()
 
     return drawn
 
@@ -36,7 +42,8 @@ def paths(study, published):
     rows = study.rows
     columns = {network: x for x, network in enumerate(study.sizes)}
     height = 0.74 * (len(rows) + 1) + 1.3
-    figure, axes = pyplot.subplots(figsize=(1.75 * len(columns) + 2.2, height))
+    figure = Figure(figsize=(1.75 * len(columns) + 2.2, height))
+    axes = figure.subplots()
     axes.set(xlim=(-1.55, len(columns) - 0.4), ylim=(len(rows) + 0.75, -1.05))
     axes.axis("off")
     for network, x in columns.items():
@@ -88,7 +95,8 @@ def _node(axes, x, y, study, path, published, best, quiet):
 @styled
 def assistants(study, published):
     """The student's best accuracy by the number of assistants, and by the size of a single one."""
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.3), sharey=True, gridspec_kw={"width_ratios": (1.25, 1)})
+    figure = Figure(figsize=(11, 4.3))
+    left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": (1.25, 1)})
     best = study.best()
     done = [path for path in study.ends if study.mean(path) is not None]
     by_count = {}
@@ -145,7 +153,8 @@ def curves(study):
     shown = [network for network in study.sizes if any(path[-1] == network and group.runs for path, group in study.cells.items())]
     width = min(len(shown), 3)
     height = -(-len(shown) // width)
-    figure, grid = pyplot.subplots(height, width, figsize=(3.9 * width, 3.1 * height + 0.5), squeeze=False)
+    figure = Figure(figsize=(3.9 * width, 3.1 * height + 0.5))
+    grid = figure.subplots(height, width, squeeze=False)
     color = {network: STEPS[i % len(STEPS)] for i, network in enumerate(study.sizes)}
     best = study.best()
     teachers = {}

@@ -8,7 +8,6 @@ Reads what train.py recorded (config.json, metrics.jsonl, summary.json); neither
 """
 
 import html
-import io
 import re
 import sys
 from pathlib import Path
@@ -48,13 +47,8 @@ class Document:
             self.blocks.append(("table", header, rows, mark))
 
     def figure(self, name, drawn, caption):
-        """Saved as SVG and PNG, and shown."""
-        (self.folder / "figures").mkdir(parents=True, exist_ok=True)
-        drawn.savefig(self.folder / "figures" / f"{name}.png", dpi=160)
-        svg = io.StringIO()
-        drawn.savefig(svg, format="svg", metadata={"Date": None})
-        (self.folder / "figures" / f"{name}.svg").write_text(svg.getvalue(), encoding="utf-8")
-        self.blocks.append(("figure", name, caption, svg.getvalue()))
+        """`drawn` is (SVG text, PNG bytes)."""
+        self.blocks.append(("figure", name, caption, *drawn))
 
     def markdown(self):
         parts = []
@@ -93,10 +87,13 @@ class Document:
     def write(self):
         import files
 
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for name, contents in (("report.md", self.markdown()), ("report.html", self.html())):
+        (self.folder / "figures").mkdir(parents=True, exist_ok=True)
+        contents = {"report.md": self.markdown().encode(), "report.html": self.html().encode()}
+        for _, name, _, svg, png in (block for block in self.blocks if block[0] == "figure"):
+            contents |= {f"figures/{name}.svg": svg.encode(), f"figures/{name}.png": png}
+        for name, content in contents.items():
             with files.replacing(self.folder / name) as temporary:
-                temporary.write_text(contents, encoding="utf-8")
+                temporary.write_bytes(content)
 
 
 def _numeric(header, rows):

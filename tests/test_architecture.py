@@ -24,17 +24,25 @@ ARROWS = {
     "model_factory": "names checkpoint",
     "data_loader": "names files checkpoint augmentation",
     "runlog": "names files",
+    "study": "names files runlog settings",
+    "cluster": "names files",
+    "results": "names runlog study",
+    "figures": "",
     "engine": "data_loader",
     "teacher": "names files augmentation checkpoint data_loader engine",
     "training": "names recipes tuner checkpoint model_factory data_loader runlog losses engine teacher",
     "train": "names arguments tuner settings checkpoint engine runlog training",
     "evaluate": "names arguments data_loader engine model_factory",
+    "calibrate": "names arguments data_loader engine losses model_factory training",
+    "distill_paths": "names arguments cluster runlog settings study",
+    "report": "names files arguments runlog study results figures",
 }
-COMMANDS = ("train", "evaluate")
+COMMANDS = ("train", "evaluate", "calibrate", "distill_paths", "report")
 # Asked before the arguments are known to be good; what else they need is imported where it is used.
 LIGHT = {
     "names": set(), "files": set(), "recipes": set(), "settings": set(), "arguments": {"torch"}, "tuner": {"nni"},
-    "runlog": {"torch", "numpy", "tqdm"},
+    "runlog": {"torch", "numpy", "tqdm"}, "study": set(), "cluster": set(), "results": {"scipy"},
+    "distill_paths": {"tqdm"}, "report": set(),
 }  # fmt: skip
 PRINTERS = (*COMMANDS, "arguments", "runlog")  # errors of usage, and the console
 
