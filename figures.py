@@ -124,11 +124,13 @@ def assistants(study, published):
     right.set(xlabel="the assistant, where there is one", title="By size of a single assistant", xlim=(-0.6, max(len(middle) - 0.4, 0.6)))
     for axes in (left, right):
         axes.grid(axis="x", visible=False)
-        for path, name, color in (((study.student,), "alone (NOKD)", GREY), ((study.teacher, study.student), "directly (BLKD)", BLUE)):
-            if (value := study.mean(path)) is not None:
-                axes.axhline(value, color=color, lw=1.1, ls=(0, (4, 3)), zorder=1)
-                axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), xytext=(-2, 3), textcoords="offset points",
-                              ha="right", fontsize=8, color=color)  # fmt: skip
+        lines = [((study.student,), "alone (NOKD)", GREY), ((study.teacher, study.student), "directly (BLKD)", BLUE)]
+        lines = sorted((study.mean(path), name, color) for path, name, color in lines if study.mean(path) is not None)
+        for (value, name, color), side in zip(lines, ("top", "bottom")[-len(lines) :], strict=True):
+            axes.axhline(value, color=color, lw=1.1, ls=(0, (4, 3)), zorder=1)
+            if axes is right:  # apart, however near the two are
+                axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), xytext=(5, 0), textcoords="offset points",
+                              va=side, fontsize=8, color=color, annotation_clip=False)  # fmt: skip
     shown = [Line2D([], [], marker="o", ls="", color=BLUE, label="a path (mean ± deviation of its seeds)"),
              Line2D([], [], marker="o", ls="", color=BEST, label=f"best: {study.short(best)}" if best else "best")]  # fmt: skip
     if any(len(members) > 1 for members in by_count.values()):

@@ -43,8 +43,9 @@ class Document:
 
     def table(self, header, rows, mark=None):
         """Rows of cells as text; numbers stand to the right. The row numbered `mark` is the one to look at."""
-        if rows:
-            self.blocks.append(("table", header, rows, mark))
+        if rows:  # without the columns that hold nothing
+            kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+            self.blocks.append(("table", [header[i] for i in kept], [[row[i] for i in kept] for row in rows], mark))
 
     def figure(self, name, drawn, caption):
         """`drawn` is (SVG text, PNG bytes)."""
@@ -117,7 +118,7 @@ h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .6rem } h2 { font-size: 1
 h3 { font-size: 1.05rem; margin: 1.8rem 0 .4rem } p { max-width: 52rem }
 .table { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
 th { text-align: left; color: #6b7785; font-weight: 600; border-bottom: 1.5px solid #b8c1cc } th, td { padding: .32rem .75rem .32rem 0; vertical-align: top }
-td { border-bottom: 1px solid #e6eaef } .n { text-align: right; white-space: nowrap } tr.best td { font-weight: 700; color: #b35900 }
+td { border-bottom: 1px solid #e6eaef } .n { text-align: right; white-space: nowrap; padding-left: .7rem } tr.best td { font-weight: 700; color: #b35900 }
 figure { margin: 1.4rem 0 } figure svg { max-width: 100%; height: auto } figcaption { color: #6b7785; font-size: .88rem }
 @media print { body { margin: 0; max-width: none } }
 """
@@ -223,6 +224,8 @@ def lead(found, best):
             yield f"Directly from the teacher {found.student} reaches {direct:.2f} %{',' if alone is not None else '.'}"
         if alone is not None:
             yield f"{'and alone' if direct is not None and len(best) > 2 else f'Alone {found.student} reaches'} {alone:.2f} %."
+            if alone >= found.mean(best):
+                yield "No path is above training alone."
     if done < total:
         yield f"This is a report half-way: {done} of {total} trainings are finished; what is not is marked."
     configs = [group.config for group in found.cells.values()]
@@ -243,7 +246,7 @@ def comparison(document, found):
 
     references = {"BLKD": (found.teacher, found.student), "NOKD": (found.student,)}
     have = {name: found.cells[path] for name, path in references.items() if path in found.cells and found.cells[path].finished}
-    paths = [path for path in found.ends if found.mean(path) is not None]
+    paths = sorted((path for path in found.ends if found.mean(path) is not None), key=found.mean, reverse=True)
     if not have or not paths:
         return
     document.heading("Against direct distillation (BLKD) and training alone (NOKD)", 3)
@@ -254,7 +257,7 @@ def comparison(document, found):
             corrected = results.holm(members)
             columns.append((name, members, corrected))
             sentences += verdict(found, name, paths, members, corrected)
-        header = [f"path, {which} epoch"] + [f"{name}{what}" for name, *_ in columns for what in (" +", ": p")]
+        header = [f"path, {which} epoch"] + [f"against {name}{what}" for name, *_ in columns for what in (", points", ": p")]
         rows = []
         for i, path in enumerate(paths):
             row = [found.short(path)]
@@ -262,7 +265,7 @@ def comparison(document, found):
                 d = members[i]
                 row += [points(d.mean) + (f" ± {d.deviation:.2f}" if d.deviation is not None else "") if d else "", p_value(corrected[i])]
             rows.append(row)
-        document.table([h.replace(" +", ", points") for h in header], rows)
+        document.table(header, rows)
         document.text(f"At the {which} epoch:", *sentences)
     seeds = max(len(found.cells[path].finished) for path in paths)
     images = names.DATASETS[found.dataset].test_images if found.dataset in names.DATASETS else None
