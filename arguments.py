@@ -91,10 +91,11 @@ def number(kind, minimum=None, maximum=None, above=None, below=None):
     def convert(text):
         try:
             value = kind(text)
-        except ValueError:
+            finite = math.isfinite(value)
+        except (ValueError, OverflowError):  # the latter of a whole number beyond every float
             raise argparse.ArgumentTypeError(f"'{text}' is not {what}") from None
         fits = (
-            math.isfinite(value)
+            finite
             and (minimum is None or value >= minimum)
             and (maximum is None or value <= maximum)
             and (above is None or value > above)

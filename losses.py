@@ -20,7 +20,9 @@ def distillation_kl(student_logits, teacher_logits, temperature, reduction="batc
     """
     student = F.log_softmax(student_logits.float() / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
-    return F.kl_div(student, teacher, reduction=reduction, log_target=True) * temperature**2
+    # Not left to PyTorch's reduction="mean": it warns, and is announced to become "batchmean".
+    classes = student.shape[1] if reduction == "mean" else 1
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * (temperature**2 / classes)
 
 
 class CrossEntropy(nn.Module):

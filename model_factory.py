@@ -16,6 +16,7 @@ from torch import nn
 
 import checkpoint
 import names
+from kernels import conv_norm
 from names import UserError
 
 
@@ -36,7 +37,6 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
             self.downsample = nn.Sequential(
@@ -44,10 +44,9 @@ class BasicBlock(nn.Module):
             )
 
     def forward(self, x):
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.bn2(self.conv2(x))
-        return self.relu(x.add_(shortcut))
+        shortcut = x if self.downsample is None else conv_norm(*self.downsample, x, relu=False)
+        x = conv_norm(self.conv1, self.bn1, x)
+        return conv_norm(self.conv2, self.bn2, x, residual=shortcut)
 
 
 class ResNet(nn.Module):
@@ -58,7 +57,6 @@ class ResNet(nn.Module):
         blocks = (depth - 2) // 6
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.relu = nn.ReLU(inplace=True)
         self.layer1 = self._stage(16, 16, blocks, stride=1)
         self.layer2 = self._stage(16, 32, blocks, stride=2)
         self.layer3 = self._stage(32, 64, blocks, stride=2)
@@ -74,7 +72,7 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *(BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1)))
 
     def forward_features(self, images):
-        stem = self.relu(self.bn1(self.conv1(images)))
+        stem = conv_norm(self.conv1, self.bn1, images)
         stage1 = self.layer1(stem)
         stage2 = self.layer2(stage1)
         stage3 = self.layer3(stage2)
@@ -108,22 +106,23 @@ class PlaneCNN(nn.Module):
                 channels = width
         linears.append(nn.Linear(features or channels * size * size, classes))
         self.conv_layers = nn.Sequential(*convolutions)
+        after = [*convolutions[3:], None, None, None]
+        self.blocks = [  # where a convolution stands, and whether a pool follows its batch norm and ReLU
+            (i, isinstance(after[i], nn.MaxPool2d)) for i, layer in enumerate(convolutions) if isinstance(layer, nn.Conv2d)
+        ]
         self.fc_layers = nn.Sequential(*linears)
 
     def forward_features(self, images):
         x, stages = images, []
-        for i, layer in enumerate(self.conv_layers):
-            x = layer(x)
-            last = i + 1 == len(self.conv_layers)
-            if isinstance(layer, nn.MaxPool2d) or last:
+        for start, pool in self.blocks:
+            x = conv_norm(self.conv_layers[start], self.conv_layers[start + 1], x, pool=pool)
+            if pool or start == self.blocks[-1][0]:
                 stages.append(x)
-        pooled = x.flatten(1)
-        for layer in self.fc_layers[:-1]:
-            pooled = layer(pooled)
+        pooled = self.fc_layers[:-1](x.flatten(1))
         return Features(tuple(stages), pooled, self.fc_layers[-1](pooled))
 
     def forward(self, images):
-        return self.fc_layers(self.conv_layers(images).flatten(1))
+        return self.forward_features(images).logits
 
 
 def create_network(name, classes, image_size=32):

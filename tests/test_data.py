@@ -392,7 +392,7 @@ def test_two_processes_at_once_download_once(archive, server, tmp_path):
     pair = [subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     first_words = sorted(process.stdout.readline().split()[0] for process in pair)
     server.may_answer.set()
-    ends = [process.communicate(timeout=60) for process in pair]
+    ends = [process.communicate(timeout=300) for process in pair]
     assert first_words == ["cifar10", "waiting"], ends  # "cifar10 is not in ...: downloading it", "waiting for process ..."
     assert [process.returncode for process in pair] == [0, 0], ends
     assert all(out.endswith("100\n") for out, _ in ends)

@@ -35,6 +35,14 @@ def test_kl_is_equation_2(logits, temperature):
     assert float(value) == pytest.approx(kl_by_hand(student, teacher, temperature), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("error")
+def test_mean_is_the_released_codes_division_by_the_classes_too(logits):
+    """As torch's reduction="mean" is today, without its warning that this will change."""
+    student, teacher = map(torch.tensor, logits)
+    value = losses.distillation_kl(student, teacher, 4.0, reduction="mean")
+    assert float(value) * CLASSES == pytest.approx(kl_by_hand(*logits, 4.0), rel=1e-5)
+
+
 def test_kl_is_zero_for_equal_logits_and_for_shifted_ones(logits):
     student = torch.tensor(logits[0])
     assert float(losses.distillation_kl(student, student, 4.0)) == pytest.approx(0, abs=1e-6)
