@@ -11,13 +11,14 @@ from pathlib import Path
 
 import names
 import runlog
+import settings
 import study
 from names import UserError
 
 HERE = Path(__file__).resolve().parent
 OUTCOMES = ("best", "last")
 # What may differ between runs that are the same but for their seed: where and when they ran, not what was asked for.
-APART = {"seed", "teacher_weights", "origins", "argv", "environment", "path", "trial", *study.settings.INCIDENTAL}
+APART = {"seed", "teacher_weights", "origins", "argv", "environment", "path", "trial", *settings.INCIDENTAL}
 
 
 @dataclass(frozen=True)
