@@ -193,7 +193,7 @@ def _wait_for_unpacking(name, dataset_dir, say):
     """A folder that another process has just made may not be full yet."""
     lock = dataset_dir / f".{name}.lock"
     if os.access(lock, os.W_OK):
-        with checkpoint.locked(lock, f"the download of {name}", wait=True, say=say):
+        with locked(lock, f"the download of {name}", wait=True, say=say):
             pass
 
 
