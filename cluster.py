@@ -65,7 +65,9 @@ class Site:
 def check_present():
     for program in ("sbatch", "squeue"):
         if shutil.which(program) is None:
-            raise UserError(f"no {program} on this machine: run --slurm on a login node of the cluster, or add --dry-run to see the commands")
+            raise UserError(
+                f"no {program} on this machine: run --slurm on a login node of the cluster, or add --dry-run to see the commands"
+            )
 
 
 def jobs_of(trainings, pack, study_command):
@@ -111,7 +113,16 @@ def sbatch(job, site, folder, dependency):
     """The command that submits a job."""
     waits = [f"--dependency={dependency}"] + ["--kill-on-invalid-dep=yes"] * bool(job.trainings) if dependency else []
     output = Path(folder) / "logs" / f"{job.name}-%j.log"
-    return ["sbatch", "--parsable", f"--job-name={job.name}", f"--output={output}", *waits, *site.options(bool(job.trainings)), str(SCRIPT), *job.command]
+    return [
+        "sbatch",
+        "--parsable",
+        f"--job-name={job.name}",
+        f"--output={output}",
+        *waits,
+        *site.options(bool(job.trainings)),
+        str(SCRIPT),
+        *job.command,
+    ]
 
 
 class Script:

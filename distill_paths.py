@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Train every path from a teacher to a student through assistants, each prefix once, and report which path is best.
 
-  python3 distill_paths.py --sizes resnet110 resnet56 resnet32 resnet20 resnet8 --dataset cifar100 --epochs 160 --cuda 1 --runs runs/paths
+  python3 distill_paths.py --sizes resnet110 resnet56 resnet32 resnet20 resnet8 --dataset cifar100 --epochs 160 --cuda 1
   python3 distill_paths.py --family plane --dataset digits --epochs 3 --runs runs/digits          some minutes on a CPU
   python3 distill_paths.py --family resnet --paths 110,20,8 110,8 --set 8:temperature=5,lambda=.15 --seeds 1 2 3 --dry-run
   python3 distill_paths.py --family resnet --cuda 1 --slurm --account def-me --gpu-type h100 --time 3:00:00 --memory 8G
 
-The sizes alone (the paper's NOKD) are trained as well. The same command again continues: what is finished is skipped, what failed is
-repeated. Every other flag of train.py (--dataset, --epochs, --recipe, --temperature, --cuda ...) is passed on to each training.
+The sizes alone (the paper's NOKD) are trained as well. Everything lands under --runs, the report beside it. The same command again
+continues: what is finished is skipped, what failed is repeated. Every other flag of train.py (--dataset, --epochs, --recipe, --temperature, --cuda ...) is passed on to each training.
 """
 
 import json
@@ -31,6 +31,7 @@ HERE = Path(__file__).resolve().parent
 
 
 # ------------------------------------------------------------------------------------------------ arguments
+# fmt: off
 def build_parser():
     parser = arguments.Parser(__doc__)
     group = parser.add_argument_group("study")
@@ -60,7 +61,8 @@ def build_parser():
     parser.flag(group, "--venv", metavar="DIR", help="to activate in a job (or $TAKD_VENV; without: this Python)")
     parser.flag(group, "--stage", nargs="+", metavar="FILE", help="archives or folders for $SLURM_TMPDIR/data (or $TAKD_STAGE)")
     parser.flag(group, "--sbatch", action="append", metavar="OPTION", help="any further option of sbatch, such as --sbatch=--partition=gpu")
-    return parser  # fmt: skip
+    return parser
+# fmt: on
 
 
 def read_arguments(argv):
@@ -134,7 +136,8 @@ def show_plan(args, sizes, trainings, resolved):
         takes = runlog.duration(seconds[members[0]]) if seconds else ""
         print(f"{text:<40} {takes:>10}  {'alone' if len(path) == 1 and path != (sizes[0],) else ''}{state}".rstrip())
     if costs:
-        print(f"\nestimate: {runlog.duration(total)} for what is left, {jobs} at once; {disk / 1e9:.2f} GB on disk at the end, tables included; start-up (seconds each) not counted")
+        print(f"\nestimate: {runlog.duration(total)} for what is left, {jobs} at once, and some seconds to start each; "
+              f"{disk / 1e9:.2f} GB on disk at the end, tables included")  # fmt: skip
     print("\ncommands:")
     for training in trainings:
         if not training.finished:
@@ -143,6 +146,7 @@ def show_plan(args, sizes, trainings, resolved):
 
 def drawn_tree(paths):
     """(line, path) for each path, as a tree drawn with lines."""
+
     def walk(path, indent):
         children = [other for other in paths if other[:-1] == path]
         for child in children:
@@ -245,7 +249,12 @@ class Runner:
             print(f"$ {shlex.join(command_of(training))}", file=log, flush=True)
             # A session of its own: the terminal's Ctrl-C reaches the study, which passes it on once.
             process = subprocess.Popen(
-                command_of(training), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                command_of(training),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
             )
         self.running[training] = process, slot
         if self.stopping:  # the signal came between

@@ -53,7 +53,15 @@ def paths(study, published):
     best = study.best()
     for y, path in enumerate(rows):
         label = study.short(path)
-        axes.text(-1.5, y, label, va="center", fontsize=9, color=BEST if path == best else GREY, weight="bold" if path == best else "normal")
+        axes.text(
+            -1.5,
+            y,
+            label,
+            va="center",
+            fontsize=9,
+            color=BEST if path == best else GREY,
+            weight="bold" if path == best else "normal",
+        )
         for i, network in enumerate(path):
             prefix = path[: i + 1]
             if i:
@@ -78,7 +86,13 @@ def _node(axes, x, y, study, path, published, best, quiet):
     face, edge, ink = (BEST, BEST, "white") if best else ("white", FAINT, GREY) if quiet else (PALE, BLUE, INK)
     if mean is None:
         face, edge, ink = "white", FAINT, GREY
-    box = {"boxstyle": "round,pad=0.32,rounding_size=0.5", "fc": face, "ec": edge, "lw": 1.3, "ls": "-" if mean is not None else (0, (2, 2))}
+    box = {
+        "boxstyle": "round,pad=0.32,rounding_size=0.5",
+        "fc": face,
+        "ec": edge,
+        "lw": 1.3,
+        "ls": "-" if mean is not None else (0, (2, 2)),
+    }
     text = f"{mean:.2f}" if mean is not None else f"({so_far:.2f})" if so_far is not None else "   –   "
     axes.text(x, y, text, ha="center", va="center", fontsize=10, color=ink, weight="bold" if best else "normal", bbox=box)
     below = []
@@ -121,7 +135,9 @@ def assistants(study, published):
     own = [study.mean((network,)) for network in middle]
     labels = [name if value is None else f"{name}\nalone {value:.2f}" for name, value in zip(middle, own, strict=True)]
     right.set_xticks(range(len(middle)), labels)
-    right.set(xlabel="the assistant, where there is one", title="By size of a single assistant", xlim=(-0.6, max(len(middle) - 0.4, 0.6)))
+    right.set(
+        xlabel="the assistant, where there is one", title="By size of a single assistant", xlim=(-0.6, max(len(middle) - 0.4, 0.6))
+    )
     for axes in (left, right):
         axes.grid(axis="x", visible=False)
         lines = [((study.student,), "alone (NOKD)", GREY), ((study.teacher, study.student), "directly (BLKD)", BLUE)]
@@ -143,7 +159,9 @@ def assistants(study, published):
 
 
 def _point(axes, x, study, path, color, published):
-    axes.errorbar(x, study.mean(path), yerr=study.cells[path].deviation("best"), fmt="o", ms=7, color=color, capsize=3, lw=1.2, zorder=3)
+    axes.errorbar(
+        x, study.mean(path), yerr=study.cells[path].deviation("best"), fmt="o", ms=7, color=color, capsize=3, lw=1.2, zorder=3
+    )
     if path in published:
         axes.plot(x, published[path], "D", mfc="none", mec=PAPER, ms=5, zorder=2)
 
@@ -179,7 +197,9 @@ def curves(study):
     for axes in list(grid.flat)[len(shown) :]:
         axes.axis("off")
     handles = [Line2D([], [], color=GREY, ls=(0, (4, 2)), label="alone")]
-    handles += [Line2D([], [], color=teachers[network], label=f"taught by {network}") for network in study.sizes if network in teachers]
+    handles += [
+        Line2D([], [], color=teachers[network], label=f"taught by {network}") for network in study.sizes if network in teachers
+    ]
     handles += [Line2D([], [], color=BEST, lw=2.4, label=f"best path: {study.short(best)}")] if best else []
     figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 3 if width < 3 else 6), fontsize=8.5)
     figure.tight_layout(rect=(0, 0.22 / height if width < 3 else 0.12 / height, 1, 1))

@@ -62,7 +62,11 @@ class Document:
                 header, rows, mark = block
                 rows = [[f"**{cell}**" if cell and i == mark else cell for cell in row] for i, row in enumerate(rows)]
                 sides = ["--:" if right else "---" for right in _numeric(header, rows)]
-                parts.append("\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in (header, sides, *rows)))
+                parts.append(
+                    "\n".join(
+                        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in (header, sides, *rows)
+                    )
+                )
             else:
                 parts.append(f"![{block[1]}](figures/{block[0]}.png)\n\n*{block[1]}*")
         return "\n\n".join(parts) + "\n"
@@ -80,7 +84,9 @@ class Document:
                 svg = block[2][block[2].index("<svg") :]
                 # Two figures of one page may not share the names of their parts.
                 svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{block[0]}-", svg)
-                parts.append(f'<figure role="img" aria-label="{html.escape(block[1])}">{svg}<figcaption>{html.escape(block[1])}</figcaption></figure>')
+                parts.append(
+                    f'<figure role="img" aria-label="{html.escape(block[1])}">{svg}<figcaption>{html.escape(block[1])}</figcaption></figure>'
+                )
         title = html.escape(next(block[1] for block in self.blocks if block[0] == "heading"))
         return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">\n' \
                f"<title>{title}</title>\n<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"  # fmt: skip
@@ -144,7 +150,11 @@ def settings_of(group):
     shown = {"T": options.get("temperature"), "λ": options.get("lambda")} | {
         key: value for key, value in options.items() if key not in ("temperature", "lambda", "reduction")
     }
-    return ", ".join(f"{key} {value:g}" if isinstance(value, int | float) else f"{key} {value}" for key, value in shown.items() if value is not None)
+    return ", ".join(
+        f"{key} {value:g}" if isinstance(value, int | float) else f"{key} {value}"
+        for key, value in shown.items()
+        if value is not None
+    )
 
 
 def seeds_of(group, planned=0):
@@ -162,7 +172,9 @@ def study_section(document, found, level=2):
     document.heading(found.title, level)
     document.text(*lead(found, best))
     slug = "-".join((found.teacher, found.student, found.dataset))
-    published = {path: results.published_for(found.dataset, path, method_of(found, path)) for path in {*found.cells, *found.planned}}
+    published = {
+        path: results.published_for(found.dataset, path, method_of(found, path)) for path in {*found.cells, *found.planned}
+    }
     paper = {path: cells["paper"] for path, cells in published.items() if "paper" in cells}
     beside = " and the paper's number" if paper else ""
     document.figure(f"{slug}-paths", figures.paths(found, paper), "Every path, as in figure 5 of the paper: test accuracy at the best epoch in "
@@ -182,8 +194,12 @@ def study_section(document, found, level=2):
                    [[path[-1], *path_row(found, path, published, sources)] for path in
                     sorted(dict.fromkeys(between), key=lambda path: (found.sizes.index(path[-1]), -(found.mean(path) or -1)))])  # fmt: skip
     if any(run.records for group in found.cells.values() for run in group.runs):
-        document.figure(f"{slug}-curves", figures.curves(found), "Learning curves on the test images; lines are means over the seeds so far.")
-    quoted = {f"{e['source']}: {e['title']}" for e in results.published() if e["source"] in sources and e["dataset"] == found.dataset}
+        document.figure(
+            f"{slug}-curves", figures.curves(found), "Learning curves on the test images; lines are means over the seeds so far."
+        )
+    quoted = {
+        f"{e['source']}: {e['title']}" for e in results.published() if e["source"] in sources and e["dataset"] == found.dataset
+    }
     if quoted:
         document.text("Published numbers:", "; ".join(sorted(quoted)) + ".")
 
@@ -195,12 +211,22 @@ def method_of(found, path):
 
 def path_row(found, path, published, sources):
     group = found.cells.get(path)
-    name = found.short(path) if len(path) > 1 else f"{path[0]} alone{' (NOKD)' if path[0] == found.student else ' (teacher)' if path[0] == found.teacher else ''}"
+    name = (
+        found.short(path)
+        if len(path) > 1
+        else f"{path[0]} alone{' (NOKD)' if path[0] == found.student else ' (teacher)' if path[0] == found.teacher else ''}"
+    )
     name += " (BLKD)" if path == (found.teacher, found.student) else ""
     state = [] if group and group.finished else [unfinished(group)]
     cells = [percent(group.mean(which), group.deviation(which)) for which in ("best", "last")] if group else ["", ""]
     theirs = [percent(published.get(path, {}).get(source)) for source in sources]
-    return [", ".join([name, *state]), settings_of(group) if group else "", seeds_of(group, found.planned.get(path, 0)), *cells, *theirs]
+    return [
+        ", ".join([name, *state]),
+        settings_of(group) if group else "",
+        seeds_of(group, found.planned.get(path, 0)),
+        *cells,
+        *theirs,
+    ]
 
 
 def unfinished(group):
@@ -253,7 +279,9 @@ def comparison(document, found):
     for which in results.OUTCOMES:
         columns, sentences = [], []
         for name, reference in have.items():
-            members = [None if references[name] == path else results.difference(found.cells[path], reference, which) for path in paths]
+            members = [
+                None if references[name] == path else results.difference(found.cells[path], reference, which) for path in paths
+            ]
             corrected = results.holm(members)
             columns.append((name, members, corrected))
             sentences += verdict(found, name, paths, members, corrected)
@@ -263,7 +291,10 @@ def comparison(document, found):
             row = [found.short(path)]
             for _, members, corrected in columns:
                 d = members[i]
-                row += [points(d.mean) + (f" ± {d.deviation:.2f}" if d.deviation is not None else "") if d else "", p_value(corrected[i])]
+                row += [
+                    points(d.mean) + (f" ± {d.deviation:.2f}" if d.deviation is not None else "") if d else "",
+                    p_value(corrected[i]),
+                ]
             rows.append(row)
         document.table(header, rows)
         document.text(f"At the {which} epoch:", *sentences)
@@ -320,7 +351,9 @@ def rule(document, found):
         f"{nearest} with {own[nearest]:.2f} %. {agrees} with the best student here, {reached[measured]:.2f} %.",
     )
     rows = [[network, percent(own[network]), f"{abs(own[network] - middle):.2f}", percent(reached.get(network))] for network in own]
-    document.table(["assistant", "alone, %", "from the mean, points", f"{found.student} after it, %"], rows, mark=list(own).index(nearest))
+    document.table(
+        ["assistant", "alone, %", "from the mean, points", f"{found.student} after it, %"], rows, mark=list(own).index(nearest)
+    )
 
 
 def leaderboard(document, groups):
@@ -345,7 +378,10 @@ def leaderboard(document, groups):
                 percent(group.mean("last"), group.deviation("last")), ", ".join(f"{value:.2f} ({source})" for source, value in theirs.items()),
             ])  # fmt: skip
         document.heading(dataset, 3)
-        document.table(["network", "rank", "learned from", "method", "settings", "recipe, epochs", "seeds", "best, %", "last, %", "published"], rows)
+        document.table(
+            ["network", "rank", "learned from", "method", "settings", "recipe, epochs", "seeds", "best, %", "last, %", "published"],
+            rows,
+        )
 
 
 def cost_section(document, runs, price):
@@ -381,7 +417,9 @@ def main(argv=None):
         runs, unreadable = results.collect(args.runs)
         if not runs:
             damaged = f" ({len(unreadable)} cannot be read: {unreadable[0]})" if unreadable else ""
-            raise UserError(f"no runs of train.py in {' '.join(args.runs)}{damaged}; give a folder that train.py or distill_paths.py wrote to")
+            raise UserError(
+                f"no runs of train.py in {' '.join(args.runs)}{damaged}; give a folder that train.py or distill_paths.py wrote to"
+            )
         document = Document(args.output or args.runs[0])
         found = results.studies(runs)
         if len(found) != 1:

@@ -35,7 +35,9 @@ def arrows(path):
 def check_sizes(sizes):
     """Refuse sizes that are no study; returns a note for the user where one is due, else None."""
     if len(sizes) < 2:
-        raise UserError(f"a study needs two or more sizes, the teacher first and the student last; given: {' '.join(sizes) or 'none'}")
+        raise UserError(
+            f"a study needs two or more sizes, the teacher first and the student last; given: {' '.join(sizes) or 'none'}"
+        )
     if repeated := [name for name in dict.fromkeys(sizes) if sizes.count(name) > 1]:
         raise UserError(f"{', '.join(repeated)} is among the sizes more than once; name each size once, the teacher first")
     for family in dict.fromkeys(map(names.family, sizes)):
@@ -43,7 +45,9 @@ def check_sizes(sizes):
         if members != (descending := sorted(members, key=size, reverse=True)):
             raise UserError(f"sizes go from the teacher down to the student: {' '.join(descending)}, not {' '.join(members)}")
     families = list(dict.fromkeys(map(names.family, sizes)))
-    return f"note: sizes of {len(families)} families ({', '.join(families)}), taken in the order given" if len(families) > 1 else None
+    return (
+        f"note: sizes of {len(families)} families ({', '.join(families)}), taken in the order given" if len(families) > 1 else None
+    )
 
 
 def size(network):
@@ -248,7 +252,9 @@ def earlier_costs(folders, resolved, device):
             kind = "cpu" if environment["device"] == runlog.processor() else "cuda"
             if same and environment["host"] == platform.node() and kind == device:
                 found.setdefault(summary["model"], []).append(Cost(summary["seconds"] / summary["epochs"], summary["parameters"]))
-    return {network: Cost(sum(c.epoch_seconds for c in costs) / len(costs), costs[0].parameters) for network, costs in found.items()}
+    return {
+        network: Cost(sum(c.epoch_seconds for c in costs) / len(costs), costs[0].parameters) for network, costs in found.items()
+    }
 
 
 def estimate(trainings, resolved, costs, jobs):

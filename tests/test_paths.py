@@ -122,7 +122,9 @@ def dry(call, *argv):
 
 def test_steps_have_settings_of_their_own_and_the_most_specific_wins(call, tmp_path):
     (tmp_path / "steps").write_text("# of the paper\n2:temperature=5,lambda=.15\n4,2:temperature=7\n10:learning-rate=0.02\n")
-    commands = dry(call, "--paths", "plane10,plane4,plane2", "plane10,plane2", *DIGITS, "--temperature", 3, "--set", f"@{tmp_path / 'steps'}")
+    commands = dry(
+        call, "--paths", "plane10,plane4,plane2", "plane10,plane2", *DIGITS, "--temperature", 3, "--set", f"@{tmp_path / 'steps'}"
+    )
     assert value_of(commands["plane10-plane4-seed1"], "--temperature") == "3.0"
     assert value_of(commands["plane10-plane2-seed1"], "--temperature") == "5.0"
     assert value_of(commands["plane10-plane4-plane2-seed1"], "--temperature") == "7.0"

@@ -28,7 +28,9 @@ def record(teacher_run, tmp_path):
     def write(path, seed, accuracies, finished=True, folder="runs", **settings):
         run = tmp_path / folder / "-".join((*path, f"seed{seed}", *map(str, settings.values())))
         run.mkdir(parents=True)
-        taught = {"teacher": path[-2], "method": "kd", "method_options": {"temperature": 4.0, "lambda": 0.5}} if len(path) > 1 else {}
+        taught = (
+            {"teacher": path[-2], "method": "kd", "method_options": {"temperature": 4.0, "lambda": 0.5}} if len(path) > 1 else {}
+        )
         own = {"student": path[-1], "path": path, "seed": seed, "epochs": 2, "argv": [str(run)], **taught, **settings}
         (run / "config.json").write_text(json.dumps(config | own))
         lines = [line | {"epoch": i, "test_accuracy_percent": accuracy} for i, accuracy in enumerate(accuracies)]
@@ -176,7 +178,9 @@ def test_a_report_over_nothing_is_one_line(call, tmp_path, given):
 
 def test_torch_is_not_needed(three_seeds):
     code = "import sys, report; report.main([sys.argv[1]]); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code, three_seeds], cwd=Path(report.__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, three_seeds], cwd=Path(report.__file__).parent, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -186,10 +190,22 @@ def test_a_browser_shows_the_page(three_seeds, call, tmp_path):
     if not browser:
         pytest.skip("no Chromium on this machine")
     assert call(report, three_seeds).status == 0
-    headless = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", f"--user-data-dir={tmp_path / 'user'}"]
+    headless = [
+        browser,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        f"--user-data-dir={tmp_path / 'user'}",
+    ]
     page = (three_seeds / "report.html").as_uri()
     shot = tmp_path / "page.png"
-    subprocess.run([*headless, f"--screenshot={shot}", "--window-size=1200,5000", "--hide-scrollbars", page], check=True, timeout=120, capture_output=True)
+    subprocess.run(
+        [*headless, f"--screenshot={shot}", "--window-size=1200,5000", "--hide-scrollbars", page],
+        check=True,
+        timeout=120,
+        capture_output=True,
+    )
     with Image.open(shot) as image:
         colors = dict(map(reversed, image.convert("RGB").getcolors(1 << 24)))
     assert colors.get((217, 115, 13), 0) > 200, "the best path's mark is drawn"

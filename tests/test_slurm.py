@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -89,15 +90,49 @@ def test_a_study_from_submission_to_report(study, tmp_path):
 
 
 def test_packed_students_share_a_job(cluster, run_command, tmp_path):
-    argv = ("--sizes", "plane6", "plane4", "plane2", "--paths", "6,4", "6,2", *DIGITS, "--batch-size", "16", "--runs", "runs", *SITE)
+    argv = (
+        "--sizes",
+        "plane6",
+        "plane4",
+        "plane2",
+        "--paths",
+        "6,4",
+        "6,2",
+        *DIGITS,
+        "--batch-size",
+        "16",
+        "--runs",
+        "runs",
+        *SITE,
+    )
     outcome = run_command("distill_paths.py", *argv, "--pack", "2", cwd=tmp_path)
     assert outcome.status == 0 and "plane6-plane4-seed1+1" in outcome.out, outcome
     until(lambda: not queue())
-    assert finished(tmp_path) == sorted(f"{name}-seed1" for name in ("plane6", "plane6-plane4", "plane6-plane2", "plane4", "plane2"))
+    assert finished(tmp_path) == sorted(
+        f"{name}-seed1" for name in ("plane6", "plane6-plane4", "plane6-plane2", "plane4", "plane2")
+    )
     jobs = {
-        name: json.loads((tmp_path / "runs" / name / "config.json").read_text())["environment"]["slurm_job"] for name in finished(tmp_path)
+        name: json.loads((tmp_path / "runs" / name / "config.json").read_text())["environment"]["slurm_job"]
+        for name in finished(tmp_path)
     }
     assert jobs["plane6-plane4-seed1"] == jobs["plane6-plane2-seed1"] != jobs["plane6-seed1"]
+
+
+def test_data_is_staged_to_the_node(cluster, class_folders, tmp_path, run_command):
+    class_folders(tmp_path / "data")
+    (tmp_path / "node").mkdir()
+    run = ("train.py", "--student", "plane2", "--dataset", "cifar10", "--epochs", "1", "--cuda", "0", "--run-dir", "run")
+    environment = {
+        "TAKD_HOME": CLUSTER.parents[1],
+        "TAKD_PYTHON": sys.executable,
+        "TAKD_STAGE": "data/cifar10",
+        "SLURM_TMPDIR": tmp_path / "node",
+    }
+    done = subprocess.run(["sbatch", "--wait", "--mem=2G", "--output=log", CLUSTER.parents[1] / "slurm" / "train.sbatch", *run], cwd=tmp_path,
+                          env=os.environ | {key: str(value) for key, value in environment.items()}, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, (tmp_path / "log").read_text()
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["dataset_dir"] == str(tmp_path / "node" / "data") and config["download"] is False
 
 
 def test_a_failed_parent_stops_its_students_and_nothing_else(study, tmp_path):
@@ -139,7 +174,7 @@ def test_a_cancelled_job_has_saved_and_is_continued(study, call, tmp_path):
 
 
 def test_over_its_time_limit_a_job_saves_is_requeued_and_ends_with_the_same_weights(study, call, tmp_path):
-    epochs = ("--epochs", "80", "--paths", "4,2")
+    epochs = ("--epochs", "100", "--paths", "4,2")
     outcome = study(*epochs, "--time", "1", "--sbatch=--signal=USR1@25")
     assert outcome.status == 0, outcome
     teacher = tmp_path / "runs" / "plane4-seed1"
@@ -148,7 +183,8 @@ def test_over_its_time_limit_a_job_saves_is_requeued_and_ends_with_the_same_weig
         slurm("scancel", queue()[name][0])
 
     def done():
-        if queue().get("plane4-seed1", ("", "", ""))[2] == "BeginTime":  # SLURM would wait two minutes before it starts it again
+        if queue().get("plane4-seed1", ("", "", ""))[2] == "BeginTime":  # SLURM would wait two minutes; a few seconds it does need
+            time.sleep(10)
             slurm("scontrol", "update", f"JobId={job_id}", "StartTime=now")
         return (teacher / "summary.json").exists()
 
@@ -159,7 +195,7 @@ def test_over_its_time_limit_a_job_saves_is_requeued_and_ends_with_the_same_weig
     text = log.read_text()
     assert f"job {job_id} goes back into the queue" in text and "start 1," in text and "continuing at epoch" in text
     undisturbed = tmp_path / "undisturbed"
-    arguments = ("--student", "plane4", *DIGITS, "--epochs", "80", "--run-dir", undisturbed)
+    arguments = ("--student", "plane4", *DIGITS, "--epochs", "100", "--run-dir", undisturbed)
     assert call(train, *arguments).status == 0
     ours, theirs = (checkpoint.read(folder / "last.pth.tar")["model_state_dict"] for folder in (teacher, undisturbed))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
