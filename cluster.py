@@ -1,7 +1,7 @@
-"""A study on SLURM: its trainings as sbatch commands that wait for each other. Standard library only; nothing of any site is built in.
+"""A study on SLURM: its trainings as sbatch commands that wait for each other. Standard library only.
 
-Jobs run slurm/train.sbatch, which saves, requeues and continues at the time limit. What was submitted is noted in the study's
-folder, so that the same command again submits only what is neither finished nor in the queue.
+Nothing of any site is built in. Jobs run slurm/train.sbatch, which saves, requeues and continues at the time limit. What was
+submitted is noted in the study's folder, so that the same command again submits only what is neither finished nor in the queue.
 """
 
 import json

@@ -2,12 +2,13 @@
 """Train every path from a teacher to a student through assistants, each prefix once, and report which path is best.
 
   python3 distill_paths.py --sizes resnet110 resnet56 resnet32 resnet20 resnet8 --dataset cifar100 --epochs 160 --cuda 1
-  python3 distill_paths.py --family plane --dataset digits --epochs 3 --runs runs/digits          some minutes on a CPU
+  python3 distill_paths.py --family plane --dataset digits --epochs 3 --batch-size 32 --runs runs/digits      5 minutes on a CPU
   python3 distill_paths.py --family resnet --paths 110,20,8 110,8 --set 8:temperature=5,lambda=.15 --seeds 1 2 3 --dry-run
   python3 distill_paths.py --family resnet --cuda 1 --slurm --account def-me --gpu-type h100 --time 3:00:00 --memory 8G
 
 The sizes alone (the paper's NOKD) are trained as well. Everything lands under --runs, the report beside it. The same command again
-continues: what is finished is skipped, what failed is repeated. Every other flag of train.py (--dataset, --epochs, --recipe, --temperature, --cuda ...) is passed on to each training.
+continues: what is finished is skipped, what failed is repeated. Every other flag of train.py (--dataset, --epochs, --recipe,
+--temperature, --cuda ...) is passed on to each training.
 """
 
 import json
@@ -35,23 +36,27 @@ HERE = Path(__file__).resolve().parent
 def build_parser():
     parser = arguments.Parser(__doc__)
     group = parser.add_argument_group("study")
-    parser.flag(group, "--sizes", nargs="+", type=arguments.network, metavar="NAME", help="networks, the teacher first, the student last")
+    parser.flag(group, "--sizes", nargs="+", type=arguments.network, metavar="NAME",
+                help="networks, the teacher first, the student last")
     parser.flag(group, "--family", choices=tuple(study.FAMILIES), help="the paper's sizes of a family")
     parser.flag(group, "--paths", nargs="+", metavar="A,B,C", help="only these paths, such as 110,20,8 (without: all)")
     parser.flag(group, "--set", nargs="+", action="extend", metavar="SIZE:KEY=VALUE,...",
-                help="settings of single steps: 8:temperature=5,lambda=.15 for each training of size 8, 20,8:... for those from 20, "
-                "110,20,8:... for that path; @FILE reads them from a file")
+                help="settings of single steps: 8:temperature=5,lambda=.15 for each training of size 8, 20,8:... for those "
+                "from 20, 110,20,8:... for that path; @FILE reads them from a file")
     parser.flag(group, "--seeds", nargs="+", type=number(int, minimum=0), default=(settings.DEFAULT_SEED,), metavar="N",
                 help="the whole study once for each")
     parser.flag(group, "--runs", metavar="DIR", default="runs/paths", help="folder for the runs and the report")
-    parser.flag(group, "--only", nargs="+", metavar="RUN", help="only these trainings of the plan, and no report (packed SLURM jobs use it)")
+    parser.flag(group, "--only", nargs="+", metavar="RUN",
+                help="only these trainings of the plan, and no report (packed SLURM jobs use it)")
     parser.flag(group, "--dry-run", action="store_const", const=True, help="show plan, estimate and commands; train nothing")
     group = parser.add_argument_group("here")
-    parser.flag(group, "--jobs", type=number(int, minimum=1), metavar="N", help="trainings at once (default: 1, or one a GPU of --gpus)")
+    parser.flag(group, "--jobs", type=number(int, minimum=1), metavar="N",
+                help="trainings at once (default: 1, or one a GPU of --gpus)")
     parser.flag(group, "--gpus", nargs="+", metavar="ID", help="GPUs to spread the trainings over, such as 0 1")
     group = parser.add_argument_group("on SLURM")
     parser.flag(group, "--slurm", action="store_const", const=True, help="submit with sbatch (with --dry-run: print the commands)")
-    parser.flag(group, "--pack", type=number(int, minimum=1), metavar="N", help="up to N students of one teacher in a job (default: 1)")
+    parser.flag(group, "--pack", type=number(int, minimum=1), metavar="N",
+                help="up to N students of one teacher in a job (default: 1)")
     parser.flag(group, "--account", metavar="NAME", help="what is not given is left to SBATCH_* variables and the site's defaults")
     parser.flag(group, "--gpu-type", metavar="TYPE[:N]", help="GPU of a job, such as h100")
     parser.flag(group, "--time", metavar="H:MM:SS", help="limit of a job; one that reaches it saves, is requeued and continues")
@@ -60,7 +65,8 @@ def build_parser():
     parser.flag(group, "--modules", metavar="NAMES", help='to load in a job, such as "python/3.11" (or $TAKD_MODULES)')
     parser.flag(group, "--venv", metavar="DIR", help="to activate in a job (or $TAKD_VENV; without: this Python)")
     parser.flag(group, "--stage", nargs="+", metavar="FILE", help="archives or folders for $SLURM_TMPDIR/data (or $TAKD_STAGE)")
-    parser.flag(group, "--sbatch", action="append", metavar="OPTION", help="any further option of sbatch, such as --sbatch=--partition=gpu")
+    parser.flag(group, "--sbatch", action="append", metavar="OPTION",
+                help="any further option of sbatch, such as --sbatch=--partition=gpu")
     return parser
 # fmt: on
 

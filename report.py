@@ -84,9 +84,8 @@ class Document:
                 svg = block[2][block[2].index("<svg") :]
                 # Two figures of one page may not share the names of their parts.
                 svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{block[0]}-", svg)
-                parts.append(
-                    f'<figure role="img" aria-label="{html.escape(block[1])}">{svg}<figcaption>{html.escape(block[1])}</figcaption></figure>'
-                )
+                caption = html.escape(block[1])
+                parts.append(f'<figure role="img" aria-label="{caption}">{svg}<figcaption>{caption}</figcaption></figure>')
         title = html.escape(next(block[1] for block in self.blocks if block[0] == "heading"))
         return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">\n' \
                f"<title>{title}</title>\n<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"  # fmt: skip
@@ -119,13 +118,21 @@ def _html_table(header, rows, mark):
 
 
 STYLE = """
-body { font: 16px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1b2733; background: #fff; max-width: 66rem; margin: 2rem auto; padding: 0 1.2rem }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .6rem } h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid #e6eaef; padding-bottom: .25rem }
-h3 { font-size: 1.05rem; margin: 1.8rem 0 .4rem } p { max-width: 52rem }
-.table { overflow-x: auto; margin: 1rem 0 } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
-th { text-align: left; color: #6b7785; font-weight: 600; border-bottom: 1.5px solid #b8c1cc } th, td { padding: .32rem .75rem .32rem 0; vertical-align: top }
-td { border-bottom: 1px solid #e6eaef } .n { text-align: right; white-space: nowrap; padding-left: .7rem } tr.best td { font-weight: 700; color: #b35900 }
-figure { margin: 1.4rem 0 } figure svg { max-width: 100%; height: auto } figcaption { color: #6b7785; font-size: .88rem }
+body { font: 16px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1b2733; background: #fff;
+       max-width: 66rem; margin: 2rem auto; padding: 0 1.2rem }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .6rem }
+h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid #e6eaef; padding-bottom: .25rem }
+h3 { font-size: 1.05rem; margin: 1.8rem 0 .4rem }
+p { max-width: 52rem }
+.table { overflow-x: auto; margin: 1rem 0 }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
+th { text-align: left; color: #6b7785; font-weight: 600; border-bottom: 1.5px solid #b8c1cc }
+th, td { padding: .32rem .75rem .32rem 0; vertical-align: top }
+td { border-bottom: 1px solid #e6eaef }
+.n { text-align: right; white-space: nowrap; padding-left: .7rem }
+tr.best td { font-weight: 700; color: #b35900 }
+figure { margin: 1.4rem 0 } figure svg { max-width: 100%; height: auto }
+figcaption { color: #6b7785; font-size: .88rem }
 @media print { body { margin: 0; max-width: none } }
 """
 

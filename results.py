@@ -1,4 +1,4 @@
-"""What runs recorded, gathered and compared: groups of seeds, studies of paths, paired tests, published numbers. No torch, no files written.
+"""What runs recorded, gathered and compared: groups of seeds, studies of paths, paired tests, published numbers. No torch.
 
 Accuracies are of the test images, in percent: `best` at the epoch chosen on the run's selection split, `last` at the last one.
 Means, deviations and tests take finished runs only.

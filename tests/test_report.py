@@ -20,7 +20,7 @@ SIZES = ("plane10", "plane4", "plane2")
 
 @pytest.fixture
 def record(teacher_run, tmp_path):
-    """record(path, seed, accuracies): a run folder as train.py leaves it, made after a real one; `finished=False` leaves the summary out."""
+    """record(path, seed, accuracies): a run folder as train.py leaves it, made after a real one."""
     config = json.loads((teacher_run / "config.json").read_text())
     line = json.loads((teacher_run / "metrics.jsonl").read_text().splitlines()[0])
     summary = json.loads((teacher_run / "summary.json").read_text())

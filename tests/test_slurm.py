@@ -1,4 +1,4 @@
-"""The path study on a real SLURM of one node (tests/slurm_cluster.sh): whole, with a failed parent, cancelled, and over its time limit."""
+"""The path study on a real SLURM of one node (slurm_cluster.sh): whole, failed parent, cancelled, over its time limit."""
 
 import json
 import os
