@@ -49,6 +49,8 @@ class Document:
 
     def figure(self, name, drawn, caption):
         """`drawn` is (SVG text, PNG bytes)."""
+        taken = [block[1] for block in self.blocks if block[0] == "figure"]
+        name = next(free for free in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if free not in taken)
         self.blocks.append(("figure", name, caption, *drawn))
 
     def markdown(self):
@@ -171,12 +173,12 @@ def seeds_of(group, planned=0):
 
 
 # ---------------------------------------------------------------------------------------------------- sections
-def study_section(document, found, level=2):
+def study_section(document, found, only):
     import figures
     import results
 
     best = found.best()
-    document.heading(found.title, level)
+    document.heading(found.title if only or not found.folder else f"{found.title} ({found.folder})", 1 if only else 2)
     document.text(*lead(found, best))
     slug = "-".join((found.teacher, found.student, found.dataset))
     published = {
@@ -433,7 +435,7 @@ def main(argv=None):
             document.heading("Runs", 1)
             document.text(f"{len(runs)} runs in {', '.join(map(str, args.runs))}.")
         for each in found:
-            study_section(document, each, level=1 if len(found) == 1 else 2)
+            study_section(document, each, only=len(found) == 1)
         leaderboard(document, results.group(runs))
         cost_section(document, runs, args.price_per_hour)
         if unreadable:

@@ -113,7 +113,7 @@ class Group:
 
 
 def group(runs):
-    """Runs by everything but the seed. Where a seed would come twice, by their folder as well."""
+    """Runs by everything but the seed. A run whose seed its group has already begins another group."""
     groups = {}
     for run in sorted(runs, key=lambda run: (run.seed, str(run.folder))):
         key = (run.path, json.dumps({k: v for k, v in run.config.items() if k not in APART}, sort_keys=True))

@@ -197,15 +197,15 @@ def test_without_sbatch_slurm_is_refused(run_command, tmp_path):
 # ------------------------------------------------------------------------------------------------ a real study
 def test_a_study_survives_an_interrupt_and_a_killed_child(start_command, call, tmp_path):
     runs = tmp_path / "runs"
-    argv = ("distill_paths.py", "--sizes", "plane4", "plane2", *DIGITS, "--runs", runs)
+    argv = ("distill_paths.py", "--sizes", "plane4", "plane2", *DIGITS, "--set", "4:epochs=4", "--runs", runs)
     teacher, student, alone = (runs / name for name in ("plane4-seed1", "plane4-plane2-seed1", "plane2-seed1"))
 
     process = start_command(*argv)
-    until((teacher / "config.json").exists)
+    until((teacher / "last.pth.tar").exists)  # the first of its epochs is over
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "the same command continues" in out, (out, err)
-    assert (teacher / "last.pth.tar").exists() and not (teacher / "summary.json").exists() and not student.exists()
+    assert not (teacher / "summary.json").exists() and not student.exists()
 
     process = start_command(*argv)
     until((student / "config.json").exists)
@@ -226,7 +226,7 @@ def test_a_study_survives_an_interrupt_and_a_killed_child(start_command, call, t
     assert summary["path"] == ["plane4", "plane2"] and summary["seed"] == 1
     assert f"{summary['best']['test_accuracy_percent']:.2f}" in (runs / "report.md").read_text()
     # Interrupted and continued or not: the same weights.
-    assert call(train, "--student", "plane4", *DIGITS, "--run-dir", tmp_path / "undisturbed").status == 0
+    assert call(train, "--student", "plane4", *DIGITS, "--epochs", 4, "--run-dir", tmp_path / "undisturbed").status == 0
     weights = [checkpoint.read(folder / "last.pth.tar")["model_state_dict"] for folder in (teacher, tmp_path / "undisturbed")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 

@@ -149,6 +149,17 @@ def test_a_collection_becomes_a_leaderboard(three_seeds, record, tmp_path, call)
     assert "88.52 (paper)" in text.split("### cifar10")[1]
 
 
+def test_two_studies_of_the_same_networks_stand_apart(three_seeds, tmp_path, call):
+    shutil.copytree(three_seeds, tmp_path / "again")
+    for folder in (three_seeds, tmp_path / "again"):
+        study.record(folder, study.plan(folder, SIZES, study.choose_paths(SIZES, ()), (1, 2, 3), {}, []))
+    assert call(report, three_seeds, tmp_path / "again", "--output", tmp_path / "both").status == 0
+    text = (tmp_path / "both" / "report.md").read_text()
+    assert text.count("## From plane10 to plane2 on digits") == 2 and text.count("18 of 18") == 0
+    figures = re.findall(r"\]\((figures/.*?\.png)\)", text)
+    assert len(figures) == len(set(figures)) == 6 and all((tmp_path / "both" / name).exists() for name in figures)
+
+
 def test_the_page_needs_nothing_else(three_seeds, call):
     assert call(report, three_seeds).status == 0
     page = (three_seeds / "report.html").read_text()
