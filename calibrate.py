@@ -43,21 +43,26 @@ def measure(name, data, batch_size, precision, device):
     network = model_factory.create_network(name, data.classes).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9, nesterov=True, fused=True)
 
-    def train(until):
-        sums = engine.EpochSums()
-        batches = data_loader.train_batches(split, batch_size, "none", seed=1, epoch=0)
-        engine.train_epoch(network, losses.CrossEntropy(), None, optimizer, split, batches, sums, precision,
-                           lambda: time.perf_counter() > until)  # fmt: skip
+    def train(seconds):
+        sums, until = engine.EpochSums(), time.perf_counter() + seconds
+        while not sums.rows or time.perf_counter() < until:
+            batches = data_loader.train_batches(split, batch_size, "none", seed=1, epoch=0)
+            engine.train_epoch(network, losses.CrossEntropy(), None, optimizer, split, batches, sums, precision,
+                               lambda: time.perf_counter() > until)  # fmt: skip
         return sums
 
+    def evaluate(images):
+        engine.score(engine.predict(network, split.subset(slice(0, images), "random")), split.labels[:images])
+
     train(0)
-    sums = train(time.perf_counter() + SECONDS)
+    sums = train(SECONDS)
+    evaluate(100)
     started = time.perf_counter()
-    engine.score(engine.predict(network, split.subset(slice(0, 500), "random")), split.labels[:500])
+    evaluate(len(split))
     return {
         "network": name,
         "train_images_per_second": sum(sums.images) / sums.seconds,
-        "evaluation_images_per_second": min(500, len(images)) / (time.perf_counter() - started),
+        "evaluation_images_per_second": len(split) / (time.perf_counter() - started),
         "parameters": model_factory.count_parameters(network),
     }
 
