@@ -255,12 +255,11 @@ def lead(found, best):
         yield f"The best path is {study.arrows(best)}: {percent(found.mean(best), group.deviation('best'))} % at its best epoch"
         yield f"(mean of {len(group.finished)} seeds)." if len(group.finished) > 1 else "(one seed)."
         direct, alone = found.mean((found.teacher, found.student)), found.mean((found.student,))
-        if direct is not None and len(best) > 2:
-            yield f"Directly from the teacher {found.student} reaches {direct:.2f} %{',' if alone is not None else '.'}"
-        if alone is not None:
-            yield f"{'and alone' if direct is not None and len(best) > 2 else f'Alone {found.student} reaches'} {alone:.2f} %."
-            if alone >= found.mean(best):
-                yield "No path is above training alone."
+        others = {"directly from the teacher": direct if len(best) > 2 else None, "alone": alone}
+        if said := ", ".join(f"{how} {value:.2f} %" for how, value in others.items() if value is not None):
+            yield f"For comparison, {found.student} {said}."
+        if alone is not None and alone >= found.mean(best):
+            yield "No path is above training alone."
     if done < total:
         yield f"This is a report half-way: {done} of {total} trainings are finished; what is not is marked."
     configs = [group.config for group in found.cells.values()]
@@ -397,7 +396,7 @@ def cost_section(document, runs, price):
     document.heading("Time, cost and environment")
     seconds = sum(run.seconds for run in runs)
     spent = f", {price * seconds / 3600:.2f} at {price:g} an hour" if price is not None else ""
-    document.text(f"{len(runs)} runs, {sum(run.finished for run in runs)} finished: {runlog.duration(seconds)} of training and evaluation "
+    document.text(f"{len(runs)} run{'s' * (len(runs) != 1)}, {sum(run.finished for run in runs)} finished: {runlog.duration(seconds)} of training and evaluation "
                   f"({seconds / 3600:.2f} hours of a device{spent}), the start of programs and the teachers' tables not counted.")  # fmt: skip
     places = {}
     for run in runs:
@@ -413,7 +412,7 @@ def cost_section(document, runs, price):
             by_network.setdefault((run.config["dataset"], run.path[-1]), []).append(run)
     rows = [[dataset, network, f"{sum(len(run.records) for run in members)}",
              f"{sum(run.seconds for run in members) / sum(len(run.records) for run in members):.1f}"]
-            for (dataset, network), members in sorted(by_network.items())]  # fmt: skip
+            for (dataset, network), members in sorted(by_network.items(), key=lambda entry: (entry[0][0], names.NETWORKS.index(entry[0][1])))]  # fmt: skip
     document.table(["data set", "network", "epochs trained", "seconds an epoch"], rows)
 
 
