@@ -71,14 +71,26 @@ def steps_per_epoch(split, batch_size):
     return -(-len(split) // batch_size)
 
 
+class EpochPlan(NamedTuple):
+    """Which image under which view comes when in one epoch."""
+
+    order: torch.Tensor  # int64 (N,), rows of the split
+    views: torch.Tensor  # int64 (N,)
+
+
+def epoch_plan(split, augment, seed, epoch):
+    """Every image once, in an order and under views drawn on the CPU: the same on every device, from (seed, epoch) alone."""
+    order = torch.randperm(len(split), generator=generator(seed, epoch, "order"))
+    views = torch.randint(augmentation.VIEWS[augment], (len(split),), generator=generator(seed, epoch, "views"))
+    return EpochPlan(order.to(split.images.device), views.to(split.images.device))
+
+
 def train_batches(split, batch_size, augment, seed, epoch, first_step=0):
-    """The batches of one epoch from `first_step` on, every image once. Drawn on the CPU: the same on every device."""
-    device = split.images.device
-    order = torch.randperm(len(split), generator=generator(seed, epoch, "order")).to(device)
-    views = torch.randint(augmentation.VIEWS[augment], (len(split),), generator=generator(seed, epoch, "views")).to(device)
+    """The batches of one epoch from `first_step` on, the last partial one included."""
+    plan = epoch_plan(split, augment, seed, epoch)
     for start in range(first_step * batch_size, len(split), batch_size):
-        index, view = order[start : start + batch_size], views[start : start + batch_size]
-        yield Batch(index, view, augmentation.apply(augment, split.images[index], view), split.labels[index])
+        index, views = plan.order[start : start + batch_size], plan.views[start : start + batch_size]
+        yield Batch(index, views, augmentation.apply(augment, split.images[index], views), split.labels[index])
 
 
 def evaluation_batches(split, batch_size=500):

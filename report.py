@@ -410,9 +410,11 @@ def cost_section(document, runs, price):
     for run in runs:
         if run.records:
             by_network.setdefault((run.config["dataset"], run.path[-1]), []).append(run)
-    rows = [[dataset, network, f"{sum(len(run.records) for run in members)}",
-             f"{sum(run.seconds for run in members) / sum(len(run.records) for run in members):.1f}"]
-            for (dataset, network), members in sorted(by_network.items(), key=lambda entry: (entry[0][0], names.NETWORKS.index(entry[0][1])))]  # fmt: skip
+    ordered = sorted(by_network.items(), key=lambda entry: (entry[0][0], names.NETWORKS.index(entry[0][1])))
+    rows = []
+    for (dataset, network), members in ordered:
+        epochs = sum(len(run.records) for run in members)
+        rows.append([dataset, network, str(epochs), f"{sum(run.seconds for run in members) / epochs:.1f}"])
     document.table(["data set", "network", "epochs trained", "seconds an epoch"], rows)
 
 

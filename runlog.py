@@ -197,7 +197,7 @@ class _MinuteLines:
     def __call__(self):
         self.done += 1
         if time.monotonic() > self.next:
-            self.next += 60
+            self.next = time.monotonic() + 60
             self.say(f"epoch {self.epoch}: step {self.done} of {self.steps}")
 
 

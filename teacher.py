@@ -9,7 +9,9 @@ Legend: N images, V views, C classes, B batch.
 
 import contextlib
 import copy
+import json
 import os
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ import checkpoint
 import data_loader
 import engine
 import files
+from kernels import PackedConv
 from names import UserError
 
 
@@ -35,26 +38,38 @@ class Logits(NamedTuple):
 class Teacher:
     """A network that answers and never learns: evaluation mode, no gradients, batch norm folded, scored before it teaches.
 
-    teacher(batch, images) -> Logits or Features; `images` are the student's normalised images and are used where the teacher's
-    normalisation is the same.
+    teacher(batch, images) -> Logits or Features; `images` are the student's normalised images, used where the teacher's
+    normalisation is the same. `precision` is the arithmetic it teaches in; it is scored in float32.
     """
 
     def __init__(self, network, mean, std, split, device, precision, needs_features=False):
+        device = torch.device(device)
         self.weights_digest = checkpoint.digest(network.state_dict())
-        self.network = folded(network).to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+        self.exact = frozen(network, device, torch.float32)
+        self.network = frozen(network, device, torch.bfloat16) if precision == "bf16" else self.exact
         self.mean, self.std, self.precision, self.needs_features = tuple(mean), tuple(std), precision, needs_features
         self.shares_normalisation = (self.mean, self.std) == (split.mean, split.std)
+        self.call_size = 128 if device.type == "cpu" else 2048
         self.table = None
 
-    def score(self, split, recorded_percent=None, say=lambda line: None):
-        """Accuracy on a split. Refuses a teacher that does not beat guessing, which is what wrongly loaded weights look like."""
-        result = engine.score(engine.predict(self.network, split, self.mean, self.std), split.labels)
-        accuracy = result["accuracy_percent"]
+    def score(self, split, checkpoint_path, recorded_percent=None, say=lambda line: None):
+        """Accuracy on a split, computed once and kept beside the checkpoint, bound to weights, images and normalisation.
+
+        Refuses a teacher that does not beat guessing, which is what wrongly loaded weights look like; then nothing is kept.
+        """
+        file = _folder(checkpoint_path) / f"score-{self.binding(split)}.json"
+        try:
+            accuracy = float(json.loads(file.read_text())["accuracy_percent"])
+        except (OSError, ValueError, KeyError, TypeError):
+            accuracy = engine.score(engine.predict(self.exact, split, self.mean, self.std), split.labels)["accuracy_percent"]
         if not accuracy > engine.chance_percent(split.labels):
             raise UserError(
                 f"the teacher scores {accuracy:.2f} % on {split.name}, no better than guessing: its file does not belong to this "
                 "data set or normalisation, or it was not trained; train it first (no --teacher-checkpoint does)"
             )
+        if _free_bytes(file.parent.parent) and not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            files.save_json({"split": split.name, "images": len(split), "accuracy_percent": accuracy}, file)
         if recorded_percent is None:
             say(f"teacher   {accuracy:.2f} % on {split.name} (its file records no accuracy)")
         else:
@@ -63,58 +78,80 @@ class Teacher:
                 say("warning: these differ by more than rounding: is it the same data set, whole, and the same normalisation?")
         return accuracy
 
+    def binding(self, split, *more):
+        """What a table or a score is bound to: weights, images and their order, normalisation."""
+        return checkpoint.digest(self.weights_digest, split.digest(), list(self.mean), list(self.std), *more)[:16]
+
     def __call__(self, batch, images):
         if self.table is not None:
             return Logits(self.table.logits(batch))
+        if not self.shares_normalisation:
+            images = data_loader.normalise(batch.images, self.mean, self.std)
         with torch.no_grad(), engine.autocast(images.device, self.precision):
             if self.needs_features:
-                return self.network.forward_features(self.own(batch.images, images))
-            return Logits(self.network(self.own(batch.images, images)).float())
-
-    def own(self, pixels, images):
-        """The images under this teacher's normalisation."""
-        return images if self.shares_normalisation else data_loader.normalise(pixels, self.mean, self.std)
+                return self.network.forward_features(images)
+            return Logits(self.network(images).float())
 
     @torch.inference_mode()
     def answer(self, pixels):
         """float32 (B, C) logits of uint8 images, in calls of one fixed size: an image's logits don't depend on its company."""
         logits = []
-        for chunk in pixels.split(CALL_SIZE):
-            short = CALL_SIZE - len(chunk)
+        for chunk in pixels.split(self.call_size):
+            short = self.call_size - len(chunk)
             padded = torch.cat([chunk, chunk[:1].expand(short, -1, -1, -1)]) if short else chunk
             with engine.autocast(pixels.device, self.precision):
                 logits.append(self.network(data_loader.normalise(padded, self.mean, self.std)).float()[: len(chunk)])
         return torch.cat(logits)
 
 
-CALL_SIZE = 128
+def frozen(network, device, dtype):
+    """A copy for answering only: batch norm folded into the convolutions and, on the CPU, ReLU and residual as well.
 
-
-def folded(network):
-    """A copy in evaluation mode with every batch norm folded into the convolution before it, where that changes nothing."""
-    network = copy.deepcopy(network).eval()
-    folded = copy.deepcopy(network)
-    _fold(folded)
-    probe = torch.rand(4, 3, 32, 32)
+    Each step is taken only where the copy still gives the same logits, so a network of another build is merely slower.
+    """
+    best = copy.deepcopy(network).eval().requires_grad_(False)
+    probe = torch.rand(8, 3, 32, 32, generator=data_loader.generator(0, 0, "probe"))
     with torch.inference_mode():
-        same = torch.allclose(network(probe), folded(probe), rtol=1e-3, atol=1e-3)
-    return folded if same else network
+        expected = best(probe)
+    changes = {_fold: 1e-3, _pack: 1e-3 if dtype == torch.float32 else 5e-2}
+    for change, tolerance in changes.items() if device.type == "cpu" else [(_fold, 1e-3)]:
+        changed = copy.deepcopy(best)
+        try:
+            change(changed, dtype)
+            with torch.inference_mode(), engine.autocast(torch.device("cpu"), "bf16" if change is _pack and tolerance > 1e-2 else "fp32"):
+                close = (changed(probe).float() - expected).norm() <= tolerance * expected.norm()
+        except (RuntimeError, AttributeError):  # a torch whose oneDNN operations differ
+            break
+        if not close:
+            break
+        best = changed
+    return best.to(device, memory_format=torch.channels_last)
 
 
-def _fold(module):
+def _fold(module, dtype):
+    """Batch norm into the convolution registered before it."""
     previous = None
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d) and isinstance(previous and getattr(module, previous), nn.Conv2d):
             setattr(module, previous, fuse_conv_bn_eval(getattr(module, previous), child))
             setattr(module, name, nn.Identity())
         else:
-            _fold(child)
+            _fold(child, dtype)
         previous = name
+
+
+def _pack(module, dtype):
+    """Convolutions whose batch norm is folded into them, as conv_norm's own frozen kind."""
+    children = list(module.named_children())
+    for (name, child), (_, following) in zip(children, [*children[1:], (None, None)], strict=False):
+        if isinstance(child, nn.Conv2d) and isinstance(following, nn.Identity):
+            setattr(module, name, PackedConv(child, dtype))
+        else:
+            _pack(child, dtype)
 
 
 # ---------------------------------------------------------------------------------------------- the table
 ZERO = 6e-8  # float16's smallest number stands for a logit of 0, so that a row of zeros is one not yet filled
-MODES = ("auto", "live", "lazy", "full")
 
 
 class LogitsTable:
@@ -130,13 +167,15 @@ class LogitsTable:
         shape = (len(split), augmentation.VIEWS[augment], len(split.classes))
         with files.locked(self.path.with_suffix(".lock"), f"table {self.path}", wait=True, say=say):
             self.values = self._open(shape, say)
+        self.resident = None  # the whole table on the GPU, once it is full
+        self._expected = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
 
     def _open(self, shape, say):
         """The mapped file, made or made anew where it is absent, of another size, or disagrees with the teacher."""
         size = 2 * int(np.prod(shape))
-        for attempt in ("as found", "made anew"):
+        for _ in range(2):
             if not self.path.exists() or self.path.stat().st_size != size:
-                if attempt == "as found" and self.path.exists():
+                if self.path.exists():
                     say(f"warning: table {self.path} is damaged: rebuilding it")
                 with files.replacing(self.path) as temporary, open(temporary, "wb") as file:
                     file.truncate(size)
@@ -156,74 +195,100 @@ class LogitsTable:
         chosen = _filled(rows).nonzero()[:count, 0]
         if not len(chosen):
             return True
-        index, views, rows = index[chosen], views[chosen], rows[chosen].float()
-        fresh = self._answer(index.to(self.split.images.device), views.to(self.split.images.device)).cpu()
+        rows, fresh = rows[chosen].float(), self._answer(index[chosen], views[chosen]).cpu()
         return bool(rows.isfinite().all()) and float((rows - fresh).norm() / fresh.norm()) < 0.1
 
     def _answer(self, index, views):
+        device = self.split.images.device
+        index, views = index.to(device), views.to(device)
         return self.teacher.answer(augmentation.apply(self.augment, self.split.images[index], views))
+
+    def _ask(self, index, views):
+        """The teacher's answers into the table. Beyond float16's range a logit becomes infinite, and the loss says so."""
+        rows = self._answer(index, views).to(self.values.dtype).cpu()
+        rows[rows == 0] = ZERO
+        self.values[index, views] = rows
+
+    def expect(self, index, views):
+        """The (image, view) pairs that an epoch will ask for, in their order: what is missing is then filled in full calls."""
+        if self.resident is None:
+            index, views = index.cpu(), views.cpu()
+            missing = (self.values[index, views, 0] == 0) | (self.values[index, views, -1] == 0)
+            self._expected = index[missing], views[missing]
 
     def logits(self, batch):
         """float32 (B, C) for a batch; what is not in the table yet is asked of the teacher and kept."""
-        rows = self.values[batch.index, batch.views]
-        missing = (~_filled(rows)).nonzero()[:, 0]
-        if len(missing):
-            rows[missing] = self._store(batch.index[missing], batch.views[missing], self.teacher.answer(batch.images[missing]))
-        return rows.float()
+        if self.resident is not None:
+            return self.resident[batch.index, batch.views].float()
+        index, views = batch.index.cpu(), batch.views.cpu()
+        rows = self.values[index, views]
+        while not (filled := _filled(rows)).all():
+            wanted, wanted_views = self._expected
+            if len(wanted) == 0:
+                wanted, wanted_views = index[~filled], views[~filled]
+            size = self.teacher.call_size
+            self._ask(wanted[:size], wanted_views[:size])
+            self._expected = wanted[size:], wanted_views[size:]
+            rows = self.values[index, views]
+        return rows.float().to(batch.images.device)
 
-    def _store(self, index, views, logits):
-        rows = logits.to(self.values.dtype)  # beyond float16's range a logit becomes infinite and the loss says so
-        rows[rows == 0] = ZERO
-        self.values[index, views] = rows
-        return rows
-
-    def fill(self):
-        """Ask the teacher for everything not in the table yet, view by view."""
-        device = self.split.images.device
-        for view in range(self.values.shape[1]):
-            missing = (~_filled(self.values[:, view])).nonzero()[:, 0].to(device)
-            for index in missing.split(8 * CALL_SIZE) if len(missing) else ():
-                views = torch.full_like(index, view)
-                self._store(index, views, self._answer(index, views))
+    def fill(self, say):
+        """Ask the teacher for everything not in the table yet, view by view; on a GPU, keep the table there."""
+        told = time.monotonic()
+        views = self.values.shape[1]
+        for view in range(views):
+            missing = (~_filled(self.values[:, view])).nonzero()[:, 0]
+            for index in missing.split(8 * self.teacher.call_size) if len(missing) else ():
+                self._ask(index, torch.full_like(index, view))
+                if time.monotonic() - told > 60:
+                    told = time.monotonic()
+                    say(f"table: view {view + 1} of {views}")
+        if self.split.images.device.type == "cuda":
+            self.resident = self.values.to(self.split.images.device)
 
 
 def _filled(rows):
     return (rows[..., 0] != 0) & (rows[..., -1] != 0)
 
 
-def attach_table(teacher, split, augment, mode, checkpoint_path, say):
+def attach_table(teacher, split, augment, mode, checkpoint_path, epochs, say):
     """Decide how the teacher's logits are had, say why, and give the teacher its table where it gets one."""
     views = augmentation.VIEWS[augment]
     size = 2 * len(split) * views * len(split.classes)
-    path = Path(f"{checkpoint_path}.logits") / f"{augment}-{_binding(teacher, split, augment)}.f16"
+    folder = _folder(checkpoint_path)
+    path = folder / f"{augment}-{teacher.binding(split, augment)}.f16"
+    on_gpu = split.images.device.type == "cuda"
     if teacher.needs_features:
         if mode not in ("auto", "live"):
             raise UserError(f"--teacher-cache {mode}: this method looks at features, and the table holds logits; use live")
         return say("logits    live: the method looks at the teacher's features")
     if mode == "live":
         return say("logits    live: asked of the teacher for every batch")
+    free, needed = _free_bytes(folder.parent), 0 if path.exists() else size
+    if free is None or free < needed * 1.05:
+        room = "cannot be written" if free is None else f"has {_size(free)} free"
+        if mode == "auto":
+            return say(f"logits    live: a table needs {_size(size)} beside the teacher's checkpoint, where {folder.parent} {room}")
+        raise UserError(f"--teacher-cache {mode}: the table needs {_size(size)} and {folder.parent} {room}; free some or use live")
     if mode == "auto":
-        mode = "full" if views == 1 else "lazy"
-        free = _free_bytes(path.parent.parent)
-        if free is None or free < size * 1.05:
-            room = "that folder cannot be written" if free is None else f"{free / 1e9:.1f} GB are free"
-            return say(f"logits    live: a table beside the teacher's checkpoint needs {_size(size)} and {room}")
-    elif (free := _free_bytes(path.parent.parent)) is None or free < size:
-        raise UserError(f"--teacher-cache {mode}: {path.parent.parent} has no room for the table of {_size(size)}; free some or use live")
+        if on_gpu and views > 1 and 4 * epochs < views and not path.exists():
+            return say(f"logits    live: {epochs} epochs would see few of the {views} views that a table holds")
+        mode = "full" if views == 1 or on_gpu else "lazy"
     how = {"full": "filled now", "lazy": "filled as batches ask"}[mode]
     say(f"logits    table of {views} view{'s' if views > 1 else ''}, {_size(size)} at most, {how}: {path}")
     teacher.table = LogitsTable(path, teacher, split, augment, say)
     if mode == "full":
-        teacher.table.fill()
+        teacher.table.fill(say)
     return None
 
 
-def _binding(teacher, split, augment):
-    """What a table's name is bound to: weights, images and their order, normalisation, views."""
-    return checkpoint.digest(teacher.weights_digest, split.digest(), list(teacher.mean), list(teacher.std), augment)[:16]
+def _folder(checkpoint_path):
+    """Where a checkpoint's tables and scores are kept: beside it."""
+    return Path(f"{checkpoint_path}.logits")
 
 
 def _free_bytes(folder):
+    """None where the folder cannot be written."""
     if not os.access(folder, os.W_OK):
         return None
     with contextlib.suppress(OSError):
@@ -233,4 +298,4 @@ def _free_bytes(folder):
 
 
 def _size(count):
-    return f"{count / 1e9:.1f} GB" if count > 1e9 else f"{count / 1e6:.0f} MB"
+    return f"{count / 1e9:.1f} GB" if count > 1e9 else f"{count / 1e6:.1f} MB"

@@ -13,6 +13,7 @@ import torch
 import checkpoint
 import data_loader
 import engine
+import kernels
 import losses
 import model_factory
 import recipes
@@ -42,6 +43,7 @@ class Session:
     """Everything of a run that lives in memory. Building it reads and checks; it writes nothing."""
 
     def __init__(self, settings, recorded, device, console):
+        kernels.keep_freed_memory()
         self.settings, self.console = settings, console
         self.device = torch.device(device)
         self.precision = settings["precision"]
@@ -96,7 +98,7 @@ class Session:
         self.teacher = Teacher(network, about["mean"], about["std"], self.train, self.device, self.precision, self.method.needs_features)
         comparable = about.get("dataset", settings["dataset"]) == settings["dataset"]
         recorded = about.get("test_accuracy_percent") if comparable else None
-        self.teacher_percent = self.teacher.score(self.test, recorded, self.console.say)
+        self.teacher_percent = self.teacher.score(self.test, settings["teacher_checkpoint"], recorded, self.console.say)
 
     @property
     def finished(self):
@@ -104,7 +106,8 @@ class Session:
 
     def describe(self):
         settings, say = self.settings, self.console.say
-        say(f"device    {self.device.type}, {self.precision}, {torch.get_num_threads()} threads")
+        fused = "" if self.device.type != "cpu" or kernels.available() else ", no C compiler: PyTorch's own batch norm, slower"
+        say(f"device    {self.device.type}, {self.precision}, {torch.get_num_threads()} threads{fused}")
         say(f"student   {settings['student']}, {model_factory.count_parameters(self.student):,} parameters")
         if self.teacher:
             options = ", ".join(f"{key} {value}" for key, value in settings["method_options"].items())
@@ -177,13 +180,14 @@ def fit(session, directory, recorded, origins, identity, signals):
     where = f"epoch {session.epoch}, step {session.step}"
     console.say(f"run       {directory.path}{f' (continuing at {where})' if recorded else ''}")
     config = identity | settings | {"origins": origins, "path": session.path, "argv": _argv()}
-    config["environment"] = runlog.environment(session.device) | {"precision": session.precision}
-    if recorded and recorded["environment"]["threads"] != config["environment"]["threads"]:
-        console.say("note: the number of threads has changed: rounding will differ from an undisturbed run")
+    config["environment"] = runlog.environment(session.device) | {"precision": session.precision, "kernels": kernels.available()}
+    changed = [key for key in ("threads", "kernels", "torch") if recorded and recorded["environment"].get(key) != config["environment"][key]]
+    if changed:
+        console.say(f"note: {' and '.join(changed)} changed since the run began: rounding will differ from an undisturbed run")
     directory.start(config, session.epoch)
     if session.teacher:
         attach_table(session.teacher, session.train, settings["augment"], settings["teacher_cache"],
-                     settings["teacher_checkpoint"], console.say)  # fmt: skip
+                     settings["teacher_checkpoint"], settings["epochs"], console.say)  # fmt: skip
     name = f"{settings['student']}_{settings.get('trial', 'seed' + str(settings['seed']))}_best.pth.tar"
     while not session.finished:
         train_one_epoch(session, directory, signals)
@@ -212,6 +216,10 @@ def train_one_epoch(session, directory, signals):
     batches = data_loader.train_batches(
         session.train, settings["batch_size"], settings["augment"], settings["seed"], session.epoch, session.step
     )
+    if session.teacher and session.teacher.table:
+        plan = data_loader.epoch_plan(session.train, settings["augment"], settings["seed"], session.epoch)
+        done = session.step * settings["batch_size"]
+        session.teacher.table.expect(plan.order[done:], plan.views[done:])
     saved = time.monotonic()
     with session.console.progress(session.epoch, steps, session.step, settings["batch_size"]) as advance:
 

@@ -136,7 +136,7 @@ def test_losses_are_the_released_codes(teacher, teacher_file):
     short = session.train = session.train.subset(torch.arange(128 + 40), "digits/part")
     theirs = copy.deepcopy(session.student)  # in its memory format: torch's batch norm rounds differently in another one
     if teacher == "full":
-        training.attach_table(session.teacher, short, "none", "full", teacher_file, lambda line: None)
+        training.attach_table(session.teacher, short, "none", "full", teacher_file, 2, lambda line: None)
     ours, epochs_of_batches = [], []
     for session.epoch in range(settings["epochs"]):
         for group in session.optimizer.param_groups:

@@ -35,7 +35,7 @@ def make(path, split, precision="fp32"):
 def attach(teacher, split, path, augment="crop-flip", mode="lazy"):
     """What is said; the teacher has its table afterwards."""
     said = []
-    teachers.attach_table(teacher, split, augment, mode, path, said.append)
+    teachers.attach_table(teacher, split, augment, mode, path, 2, said.append)
     return said
 
 
@@ -79,23 +79,24 @@ def test_training_does_not_touch_the_teacher(teacher_file, tmp_path):
     directory = runlog.RunDirectory(tmp_path / "run")
     with checkpoint.StopSignals() as signals, directory.claim():
         training.fit(session, directory, None, origins, {}, signals)
-    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+    assert before and all(torch.equal(before[key], value) for key, value in network.state_dict().items())
     assert not all(torch.equal(student[key], value) for key, value in session.student.state_dict().items())
     assert not network.training and all(not value.requires_grad and value.grad is None for value in network.parameters())
 
 
 @pytest.mark.parametrize("name", ["plane2", "plane10", "resnet8", "resnet20"])
-def test_folding_batch_norm_changes_nothing(name):
+def test_freezing_changes_no_answer_and_not_the_network(name):
     torch.manual_seed(0)
     network = model_factory.create_network(name, 10)
     with torch.no_grad():  # statistics that are not 0 and 1, as after training
         for _ in range(3):
             network(torch.rand(32, 3, 32, 32) * 3)
     before = {key: value.clone() for key, value in network.state_dict().items()}
-    folded = teachers.folded(network)
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    frozen = teachers.frozen(network, torch.device("cpu"), torch.float32)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in frozen.modules())  # folded away
     images = torch.randn(16, 3, 32, 32)
-    torch.testing.assert_close(folded(images), network.eval()(images), rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(frozen(images), network.eval()(images), rtol=1e-3, atol=1e-4)
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
@@ -104,13 +105,13 @@ def test_the_score_is_the_networks_own(teacher_file, split):
     test = data_loader.load("digits")[1]
     plain = engine.score(engine.predict(network, test), test.labels)["accuracy_percent"]
     said = []
-    assert make(teacher_file, split).score(test, plain, said.append) == pytest.approx(plain, abs=0.3)
+    assert make(teacher_file, split).score(test, teacher_file, plain, said.append) == pytest.approx(plain, abs=0.3)
     assert len(said) == 1 and f"{plain:.2f}" in said[0]
 
 
 def test_a_score_unlike_the_recorded_one_is_a_warning(teacher_file, split):
     said = []
-    make(teacher_file, split).score(data_loader.load("digits")[1], 50.0, said.append)
+    make(teacher_file, split).score(data_loader.load("digits")[1], teacher_file, 50.0, said.append)
     assert said[-1].startswith("warning:")
 
 
