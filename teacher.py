@@ -24,6 +24,7 @@ import augmentation
 import checkpoint
 import data_loader
 import engine
+import files
 from kernels import PackedConv
 from names import UserError
 
@@ -68,7 +69,7 @@ class Teacher:
             )
         if _free_bytes(file.parent.parent) and not file.exists():
             file.parent.mkdir(exist_ok=True)
-            checkpoint.save_json({"split": split.name, "images": len(split), "accuracy_percent": accuracy}, file)
+            files.save_json({"split": split.name, "images": len(split), "accuracy_percent": accuracy}, file)
         if recorded_percent is None:
             say(f"teacher   {accuracy:.2f} % on {split.name} (its file records no accuracy)")
         else:
@@ -169,7 +170,7 @@ class LogitsTable:
         self.teacher, self.split, self.augment = teacher, split, augment
         self.path = Path(path)
         shape = (len(split), augmentation.VIEWS[augment], len(split.classes))
-        with checkpoint.locked(self.path.with_suffix(".lock"), f"table {self.path}", wait=True, say=say):
+        with files.locked(self.path.with_suffix(".lock"), f"table {self.path}", wait=True, say=say):
             self.values = self._open(shape, say)
         self.resident = None  # the whole table on the GPU, once it is full
         self._expected = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
@@ -182,7 +183,7 @@ class LogitsTable:
             if not self.path.exists() or self.path.stat().st_size != size:
                 if self.path.exists():
                     say(f"warning: table {self.path} is damaged: rebuilding it")
-                with checkpoint.replacing(self.path) as temporary, open(temporary, "wb") as file:
+                with files.replacing(self.path) as temporary, open(temporary, "wb") as file:
                     file.truncate(size)
             values = torch.from_numpy(np.memmap(self.path, dtype, "r+", shape=shape))
             if self._agrees(values):
