@@ -8,9 +8,10 @@ are numbers, a teacher's logits are a table over (image, view), and any epoch's 
 import torch
 from torch.nn import functional as F
 
+from names import VIEWS as VIEWS
+
 PADDING = 4
 OFFSETS = 2 * PADDING + 1
-VIEWS = {"none": 1, "crop-flip": OFFSETS * OFFSETS * 2}
 UNCHANGED = {"none": 0, "crop-flip": (PADDING * OFFSETS + PADDING) * 2}  # the view that is the image itself
 
 

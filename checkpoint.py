@@ -1,15 +1,12 @@
-"""Files that survive: atomic writes, locks, checkpoints in the released code's format, and signals that ask to stop.
+"""Checkpoints in the released code's format, written atomically, and signals that ask to stop.
 
 A checkpoint is a dict with `model_state_dict`, `optimizer_state_dict` and `epoch` (counted from 0) as in the released TAKD code,
 plus what ours needs. It holds tensors and plain values only: everything is read with `weights_only=True`.
 """
 
 import contextlib
-import errno
-import fcntl
 import hashlib
 import json
-import os
 import pickle
 import signal
 import time
@@ -19,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from files import replacing
 from names import UserError
 
 # Plain numbers that numpy wrapped: some published checkpoints hold their accuracy like this. They run no code.
@@ -28,30 +26,10 @@ with contextlib.suppress(AttributeError):
 
 
 # ------------------------------------------------------------------------------------------------- writing
-@contextlib.contextmanager
-def replacing(path):
-    """A temporary path beside `path` that takes its place when the block ends well: a reader sees the old file or the new."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save(contents, path):
     """torch.save, atomically, with every tensor on the CPU so that the file opens on a machine without a GPU."""
     with replacing(path) as temporary:
         torch.save(to_cpu(contents), temporary)
-
-
-def save_json(contents, path):
-    """Indented JSON, atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
 def to_cpu(contents):
@@ -63,45 +41,6 @@ def to_cpu(contents):
     if isinstance(contents, list | tuple):
         return type(contents)(to_cpu(value) for value in contents)
     return contents
-
-
-# -------------------------------------------------------------------------------------------------- locking
-class Busy(UserError):
-    """Another process holds the lock."""
-
-
-@contextlib.contextmanager
-def locked(path, what, wait=False, say=lambda line: None):
-    """Hold an exclusive lock on a file for the block; it is released however the process ends.
-
-    Without `wait` a lock held elsewhere raises Busy at once; with it, `say` is told once and the lock is waited for.
-    A file system without locks (some clusters' scratch) is used without one.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as file:
-        told = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                    break
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    raise
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            if not wait:
-                raise Busy(f"{what} is in use by {holder}; wait for it or stop it, then repeat the command")
-            if not told:
-                say(f"waiting for {holder}, which holds {what}")
-                told = True
-            time.sleep(0.2)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        yield
 
 
 # -------------------------------------------------------------------------------------------------- reading
@@ -166,16 +105,16 @@ class StopSignals:
     """SIGTERM, SIGINT and SIGUSR1 (SLURM's warning before a time limit) end the process at a good moment.
 
     Outside `deferred()` a signal raises Stopped at once. Inside it is only noted in `received`, so that a training step ends and
-    a save is made; a second one raises all the same, if it is not the first's echo: a terminal's Ctrl-C or SLURM's signal reaches
-    a process of a group once directly and once through what started the group.
+    a save is made; a second one raises all the same. What comes within a second of another is the same request: a launcher
+    passes on what its whole group was sent.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self, echo_seconds=0):
+    def __init__(self):
         self.received = None
         self._deferring = False
-        self._echo_seconds, self._time = echo_seconds, float("-inf")
+        self._last = float("-inf")
 
     def __enter__(self):
         self._before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
@@ -186,10 +125,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _handle(self, number, _frame):
-        now = time.monotonic()
+        before, self._last = self._last, time.monotonic()
+        if self._last - before < 1:
+            return
         if self._deferring and self.received is None:
-            self.received, self._time = number, now
-        elif now - self._time >= self._echo_seconds:
+            self.received = number
+        else:
             raise Stopped(number)
 
     @contextlib.contextmanager

@@ -23,6 +23,7 @@ import torch
 import augmentation
 import checkpoint
 import names
+from files import locked, replacing
 from names import UserError
 
 
@@ -241,7 +242,7 @@ def _wait_for_unpacking(name, dataset_dir, say):
     """A folder that another process has just made may not be full yet."""
     lock = dataset_dir / f".{name}.lock"
     if os.access(lock, os.W_OK):
-        with checkpoint.locked(lock, f"the download of {name}", wait=True, say=say):
+        with locked(lock, f"the download of {name}", wait=True, say=say):
             pass
 
 
@@ -251,7 +252,7 @@ def _downloaded(name, dataset_dir, download, say):
         raise UserError(f"no {name} in {dataset_dir} and downloading is off; {_manual_steps(name, dataset_dir)}")
     lock, made, before = dataset_dir / f".{name}.lock", not dataset_dir.exists(), socket.getdefaulttimeout()
     try:
-        with checkpoint.locked(lock, f"the download of {name}", wait=True, say=say):
+        with locked(lock, f"the download of {name}", wait=True, say=say):
             if not (dataset_dir / TORCHVISION_FOLDERS[name]).is_dir():
                 say(f"{name} is not in {dataset_dir}: downloading it")
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
@@ -362,7 +363,7 @@ def _read_cache(cache, signature):
 def _write_cache(cache, signature, arrays, say):
     named = {f"{part}_{kind}": array for part, pair in arrays.items() for kind, array in zip(("images", "labels"), pair, strict=True)}
     try:
-        with checkpoint.replacing(cache) as temporary, open(temporary, "wb") as file:
+        with replacing(cache) as temporary, open(temporary, "wb") as file:
             np.savez(file, signature=signature, **named)
     except OSError as error:  # a read-only share: the next start decodes again
         say(f"warning: {cache} cannot be written ({error.strerror}): every start will decode the images")

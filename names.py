@@ -84,6 +84,9 @@ def dataset(name):
     raise UserError(f"unknown data set '{name}'{_nearest(spelled, DATASETS)}; data sets: {' '.join(DATASETS)}")
 
 
+VIEWS = {"none": 1, "crop-flip": 9 * 9 * 2}  # ways that an augmentation shows one image: see augmentation.py
+
+
 # -------------------------------------------------------------------------------------------------- methods
 def methods(source=HERE / "losses.py"):
     """{method name: {option: default}}, read from the constructors in losses.py without importing it (or torch).

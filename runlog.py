@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-import checkpoint
+import files
 from names import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -61,13 +61,17 @@ class RunDirectory:
 
     def claim(self, wait=False, say=lambda line: None):
         """A lock on the folder for as long as the context lasts."""
-        return checkpoint.locked(self.path / ".lock", f"run {self.path}", wait, say)
+        return files.locked(self.path / ".lock", f"run {self.path}", wait, say)
+
+    @property
+    def in_use(self):
+        return files.is_locked(self.path / ".lock")
 
     def start(self, config, first_epoch):
         """Record the configuration and drop records of epochs that will be run again."""
-        checkpoint.save_json(config, self.config_file)
+        files.save_json(config, self.config_file)
         kept = [line for line in self.records() if line["epoch"] < first_epoch]
-        with checkpoint.replacing(self.metrics_file) as temporary:
+        with files.replacing(self.metrics_file) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def records(self):
@@ -91,7 +95,7 @@ class RunDirectory:
         self._events.flush()
 
     def finish(self, summary):
-        checkpoint.save_json(summary, self.summary_file)
+        files.save_json(summary, self.summary_file)
 
     def close(self):
         if self._events:
@@ -127,14 +131,14 @@ def environment(device):
         "numpy": numpy.__version__,
         "platform": platform.platform(),
         "host": platform.node(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
 
 
-def _processor():
+def processor():
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))

@@ -24,8 +24,8 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 import augmentation
-import checkpoint
 import data_loader
+import files
 import names
 from names import UserError
 
@@ -412,7 +412,7 @@ def test_a_set_being_unpacked_is_waited_for(archive, tmp_path):
         said.append(line)
         waiting.set()
 
-    with checkpoint.locked(data / ".cifar10.lock", "the download"):
+    with files.locked(data / ".cifar10.lock", "the download"):
         thread = threading.Thread(target=lambda: result.append(data_loader.load("cifar10", data, say=say)), daemon=True)
         thread.start()
         assert waiting.wait(30)

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import names
+import settings
 import train
 import tuner
 
@@ -194,10 +195,10 @@ def test_the_shipped_space_is_the_papers_and_within_the_flags_bounds():
         "lambda_student": {"_type": "quniform", "_value": [0.05, 1, 0.05]},
         "seed": {"_type": "choice", "_value": [20, 31, 55]},
     }
-    parser = train.build_parser()
+    parser = settings.build_parser()
     for key, values in space.items():
         for value in values["_value"]:
-            assert train.proposed_value(parser, tuner.PARAMETERS[key], value) == value
+            assert settings.proposed_value(parser, tuner.PARAMETERS[key], value) == value
 
 
 @needs_nni
@@ -217,7 +218,7 @@ def test_the_shipped_config_is_valid_for_nni_and_its_command_for_train():
     assert os.path.samefile(config["trainingService"]["trialCodeDirectory"], ROOT)
     python, script, *argv = shlex.split(config["trainingService"]["trialCommand"])
     assert (python, script) == ("python3", "train.py")
-    given = train.build_parser().parse_args(argv)
+    given = settings.build_parser().parse_args(argv)
     assert (given.teacher, given.student, given.dataset, given.epochs, given.cuda) == ("resnet110", "resnet8", "cifar100", 160, 1)
     assert {given.temperature, vars(given)["lambda"], given.seed} == {None}  # these are the tuner's
     assert given.student in names.NETWORKS

@@ -1,0 +1,206 @@
+"""Figures of a path study, each as (SVG text, PNG bytes): the tree with its numbers, what assistants bring, learning curves.
+
+Shared look: ours in blue, the best marked in orange, trained alone in grey, published numbers small and grey.
+"""
+
+import io
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+INK, GREY, FAINT, GRID = "#1b2733", "#6b7785", "#b8c1cc", "#e6eaef"
+BLUE, PALE, BEST, PAPER = "#1f6fb2", "#e3effa", "#d9730d", "#8a94a0"
+STEPS = ("#0b3c6f", "#2f7fc1", "#39a3a0", "#8cb369", "#c9a227", "#b5651d", "#7d5ba6", "#c2517c")
+STYLE = {
+    "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8, "xtick.color": GREY, "ytick.color": GREY,
+    "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "figure.facecolor": "white", "savefig.facecolor": "white",
+    "svg.fonttype": "none", "svg.hashsalt": "takd",
+}  # fmt: skip
+
+
+def styled(draw):
+    """The figure as (SVG text, PNG bytes). No window and no display is needed for these."""
+
+    def drawn(*arguments):
+        svg, png = io.StringIO(), io.BytesIO()
+        with rc_context(STYLE):
+            figure = draw(*arguments)
+            figure.savefig(svg, format="svg", metadata={"Date": None})
+            figure.savefig(png, format="png", dpi=160)
+        return svg.getvalue(), png.getvalue()
+
+    return drawn
+
+
+# -------------------------------------------------------------------------------------------- the paper's figure 5
+@styled
+def paths(study, published):
+    """Sizes as columns, a row a path, nodes with the best test accuracy; `published`: {path: percent} stands below."""
+    rows = study.rows
+    columns = {network: x for x, network in enumerate(study.sizes)}
+    height = 0.74 * (len(rows) + 1) + 1.3
+    figure = Figure(figsize=(1.75 * len(columns) + 2.2, height))
+    axes = figure.subplots()
+    axes.set(xlim=(-1.55, len(columns) - 0.4), ylim=(len(rows) + 0.75, -1.05))
+    axes.axis("off")
+    for network, x in columns.items():
+        role = {study.teacher: "teacher", study.student: "student"}.get(network, "assistant")
+        axes.text(x, -0.8, network, ha="center", va="center", fontsize=11.5, weight="bold")
+        axes.text(x, -0.48, role, ha="center", va="center", fontsize=8.5, color=GREY)
+    best = study.best()
+    for y, path in enumerate(rows):
+        label = study.short(path)
+        axes.text(
+            -1.5,
+            y,
+            label,
+            va="center",
+            fontsize=9,
+            color=BEST if path == best else GREY,
+            weight="bold" if path == best else "normal",
+        )
+        for i, network in enumerate(path):
+            prefix = path[: i + 1]
+            if i:
+                axes.annotate("", (columns[network] - 0.23, y), (columns[path[i - 1]] + 0.23, y),
+                              arrowprops={"arrowstyle": "-|>", "color": FAINT, "lw": 1.2, "mutation_scale": 11})  # fmt: skip
+            _node(axes, columns[network], y, study, prefix, published, best=prefix == best, quiet=i == 0)
+    y = len(rows)
+    axes.axhline(y - 0.5, color=GRID, lw=1.2)
+    axes.text(-1.5, y, "alone (NOKD)", va="center", fontsize=9, color=GREY)
+    for network, x in columns.items():
+        _node(axes, x, y, study, (network,), published, best=False, quiet=True)
+    figure.tight_layout(pad=0.4)
+    return figure
+
+
+def _node(axes, x, y, study, path, published, best, quiet):
+    group = study.cells.get(path)
+    mean = group.mean("best") if group else None
+    so_far = None
+    if mean is None and group:
+        so_far = max((run.accuracy("best") for run in group.runs if run.records), default=None)
+    face, edge, ink = (BEST, BEST, "white") if best else ("white", FAINT, GREY) if quiet else (PALE, BLUE, INK)
+    if mean is None:
+        face, edge, ink = "white", FAINT, GREY
+    box = {
+        "boxstyle": "round,pad=0.32,rounding_size=0.5",
+        "fc": face,
+        "ec": edge,
+        "lw": 1.3,
+        "ls": "-" if mean is not None else (0, (2, 2)),
+    }
+    text = f"{mean:.2f}" if mean is not None else f"({so_far:.2f})" if so_far is not None else "   –   "
+    axes.text(x, y, text, ha="center", va="center", fontsize=10, color=ink, weight="bold" if best else "normal", bbox=box)
+    below = []
+    if group and (deviation := group.deviation("best")) is not None:
+        below.append(f"± {deviation:.2f}")
+    elif mean is None and group:
+        below.append(group.runs[-1].progress)
+    if path in published:
+        below.append(f"paper {published[path]:.2f}")
+    axes.text(x, y + 0.34, "   ".join(below), ha="center", va="center", fontsize=7, color=PAPER)
+
+
+# ------------------------------------------------------------------------------------------------- assistants
+@styled
+def assistants(study, published):
+    """The student's best accuracy by the number of assistants, and by the size of a single one."""
+    figure = Figure(figsize=(11, 4.3))
+    left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": (1.25, 1)})
+    best = study.best()
+    done = [path for path in study.ends if study.mean(path) is not None]
+    by_count = {}
+    for path in done:
+        by_count.setdefault(len(path) - 2, []).append(path)
+    for count, members in by_count.items():
+        for i, path in enumerate(sorted(members, key=study.mean)):
+            x = count + 0.12 * (i - (len(members) - 1) / 2)
+            _point(left, x, study, path, BEST if path == best else BLUE, published)
+        means = [study.mean(path) for path in members]
+        left.hlines(sum(means) / len(means), count - 0.3, count + 0.3, color=BLUE, lw=1.5, alpha=0.5)
+    left.set(xlabel="number of assistants", ylabel=f"best test accuracy of {study.student}, %", title="By number of assistants")
+    counts = range(max((len(path) - 2 for path in study.ends), default=0) + 1)
+    left.set_xticks(list(counts), [f"{count}" + (" (BLKD)" if count == 0 else "") for count in counts])
+    left.set_xlim(-0.6, len(counts) - 0.4)
+
+    singles = {path[1]: path for path in done if len(path) == 3}
+    middle = study.sizes[1:-1]
+    for x, network in enumerate(middle):
+        if network in singles:
+            _point(right, x, study, singles[network], BEST if singles[network] == best else BLUE, published)
+    own = [study.mean((network,)) for network in middle]
+    labels = [name if value is None else f"{name}\nalone {value:.2f}" for name, value in zip(middle, own, strict=True)]
+    right.set_xticks(range(len(middle)), labels)
+    right.set(
+        xlabel="the assistant, where there is one", title="By size of a single assistant", xlim=(-0.6, max(len(middle) - 0.4, 0.6))
+    )
+    for axes in (left, right):
+        axes.grid(axis="x", visible=False)
+        lines = [((study.student,), "alone (NOKD)", GREY), ((study.teacher, study.student), "directly (BLKD)", BLUE)]
+        lines = sorted((study.mean(path), name, color) for path, name, color in lines if study.mean(path) is not None)
+        for (value, name, color), side in zip(lines, ("top", "bottom")[-len(lines) :], strict=True):
+            axes.axhline(value, color=color, lw=1.1, ls=(0, (4, 3)), zorder=1)
+            if axes is right:  # apart, however near the two are
+                axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), xytext=(5, 0), textcoords="offset points",
+                              va=side, fontsize=8, color=color, annotation_clip=False)  # fmt: skip
+    shown = [Line2D([], [], marker="o", ls="", color=BLUE, label="a path (mean ± deviation of its seeds)"),
+             Line2D([], [], marker="o", ls="", color=BEST, label=f"best: {study.short(best)}" if best else "best")]  # fmt: skip
+    if any(len(members) > 1 for members in by_count.values()):
+        shown.append(Line2D([], [], color=BLUE, alpha=0.5, label="mean of these paths"))
+    if any(path in published for path in done):
+        shown.append(Line2D([], [], marker="D", ls="", mfc="none", mec=PAPER, ms=5, label="the paper's number"))
+    figure.legend(handles=shown, loc="lower center", ncols=4, fontsize=8.5)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    return figure
+
+
+def _point(axes, x, study, path, color, published):
+    axes.errorbar(
+        x, study.mean(path), yerr=study.cells[path].deviation("best"), fmt="o", ms=7, color=color, capsize=3, lw=1.2, zorder=3
+    )
+    if path in published:
+        axes.plot(x, published[path], "D", mfc="none", mec=PAPER, ms=5, zorder=2)
+
+
+# --------------------------------------------------------------------------------------------- learning curves
+@styled
+def curves(study):
+    """Test accuracy by epoch, a panel a network, a line a path (the mean of its seeds so far), coloured by who taught it."""
+    shown = [network for network in study.sizes if any(path[-1] == network and group.runs for path, group in study.cells.items())]
+    width = min(len(shown), 3)
+    height = -(-len(shown) // width)
+    figure = Figure(figsize=(3.9 * width, 3.1 * height + 0.5))
+    grid = figure.subplots(height, width, squeeze=False)
+    color = {network: STEPS[i % len(STEPS)] for i, network in enumerate(study.sizes)}
+    best = study.best()
+    teachers = {}
+    for axes, network in zip(grid.flat, shown, strict=False):
+        for path, group in study.cells.items():
+            series = [[record["test_accuracy_percent"] for record in run.records] for run in group.runs if run.records]
+            if path[-1] != network or not series:
+                continue
+            length = min(map(len, series))
+            means = [sum(values[epoch] for values in series) / len(series) for epoch in range(length)]
+            alone = len(path) == 1
+            look = {"color": GREY, "ls": (0, (4, 2)), "lw": 1.4} if alone else {"color": color[path[-2]], "lw": 1.4}
+            if path == best:
+                look |= {"color": BEST, "lw": 2.4, "zorder": 4}
+            axes.plot(range(1, length + 1), means, marker="o" if length < 8 else None, ms=3, **look)
+            if not alone:
+                teachers[path[-2]] = color[path[-2]]
+        axes.set(title=network, xlabel="epochs trained", ylabel="test accuracy, %")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes in list(grid.flat)[len(shown) :]:
+        axes.axis("off")
+    handles = [Line2D([], [], color=GREY, ls=(0, (4, 2)), label="alone")]
+    handles += [
+        Line2D([], [], color=teachers[network], label=f"taught by {network}") for network in study.sizes if network in teachers
+    ]
+    handles += [Line2D([], [], color=BEST, lw=2.4, label=f"best path: {study.short(best)}")] if best else []
+    figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 3 if width < 3 else 6), fontsize=8.5)
+    figure.tight_layout(rect=(0, 0.22 / height if width < 3 else 0.12 / height, 1, 1))
+    return figure
