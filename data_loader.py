@@ -57,7 +57,7 @@ class Batch(NamedTuple):
     views: torch.Tensor  # int64 (B,), see augmentation.py
     images: torch.Tensor  # uint8 (B, 3, H, W), the views themselves
     labels: torch.Tensor  # int64 (B,)
-    part: "Part | None" = None  # where this is one process's part of a step's batch
+    part = None  # a Part in a PartialBatch
 
 
 class Part(NamedTuple):
@@ -75,6 +75,10 @@ class Part(NamedTuple):
     @property
     def whole(self):
         return self.stop - self.start == self.images
+
+
+class PartialBatch(Batch):
+    """One process's part of a step's batch; its Part is set on it."""
 
 
 def part_of(images, rank, size):
@@ -116,7 +120,12 @@ def train_batches(split, batch_size, augment, seed, epoch, first_step=0, rank=0,
     plan = epoch_plan(split, augment, seed, epoch)
     for rows, part in train_parts(len(split), batch_size, first_step, rank, size):
         index, views = plan.order[rows], plan.views[rows]
-        yield Batch(index, views, augmentation.apply(augment, split.images[index], views), split.labels[index], part)
+        batch = (Batch if part is None else PartialBatch)(
+            index, views, augmentation.apply(augment, split.images[index], views), split.labels[index]
+        )
+        if part:
+            batch.part = part
+        yield batch
 
 
 def train_parts(images, batch_size, first_step=0, rank=0, size=1):

