@@ -48,6 +48,11 @@ class Parser(argparse.ArgumentParser):
         except RecursionError:
             self.error("an @file of arguments names itself")
 
+    def named_in(self, argv):
+        """Destinations of the flags that stand in `argv` itself, not in an @file."""
+        flags = {word.split("=")[0] for word in argv}
+        return {action.dest for action in self._actions if flags.intersection(action.option_strings)}
+
     def error(self, message):
         print(f"{self.prog}: error: {' '.join(message.split())} ({self.prog} --help explains)", file=sys.stderr)
         sys.exit(2)
@@ -57,11 +62,6 @@ def fail(program, error, status):
     """Print an error as one line; returns the exit status."""
     print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
-
-
-def given_directly(argv):
-    """The arguments that did not come from an @file."""
-    return [argument for argument in argv if not argument.startswith("@")]
 
 
 # ------------------------------------------------------------------------------------------------ spellings

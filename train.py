@@ -48,6 +48,8 @@ def run(given, origins, device, console, signals, wait=False):
         proposed = ", ".join(f"{key} {value:g}" for key, value in settings["without_effect"].items())
         console.say(f"note: the tuner's {proposed} have no effect without --teacher")
     if "teacher" in settings and "teacher_checkpoint" not in settings:
+        if "run_dir" in settings:  # refused now, not after a teacher was trained for it
+            runlog.RunDirectory(run_path(settings, {})).check(identity_of(settings))
         console.say(f"The teacher {settings['teacher']} first:")
         made = run(*teacher_settings(given, origins), device, console, signals, wait=True)
         settings["teacher_checkpoint"], origins["teacher_checkpoint"] = made["checkpoint"], "its own run"
