@@ -1,8 +1,8 @@
 """A frozen, scored teacher, and its table of logits.
 
 A teacher never changes, and augmentation is a finite set of numbered views, so its logits are a table over (image, view): N x V x C
-in float16, kept on disk beside the teacher's checkpoint. One view of CIFAR-100 is 10 MB and costs one pass over the training
-images; the 162 of crop-flip are 1.6 GB, filled as batches ask for them. Every run that learns from the same teacher shares it.
+kept on disk beside the teacher's checkpoint. One view of CIFAR-100 is 20 MB in float32 and costs one pass over the training
+images; the 162 of crop-flip are 1.6 GB in float16, filled as batches ask for them. Every run that learns from the same teacher shares it.
 
 Legend: N images, V views, C classes, B batch.
 """
@@ -154,8 +154,13 @@ def _pack(module, dtype):
 ZERO = 6e-8  # float16's smallest number stands for a logit of 0, so that a row of zeros is one not yet filled
 
 
+def table_dtype(views):
+    """float32 for one view, where it costs nothing; float16, whose rounding is a bf16 teacher's own or less, for many."""
+    return np.dtype(np.float32 if views == 1 else np.float16)
+
+
 class LogitsTable:
-    """A teacher's logits over (image, view), float16 (N, V, C) in a sparse file mapped into memory; rows fill as they are asked for.
+    """A teacher's logits over (image, view), (N, V, C) in a sparse file mapped into memory; rows fill as they are asked for.
 
     A row is whole where its first and last number are not 0: there is no second file that a crash could leave in disagreement.
     Several processes may fill the same table at once: whoever comes second writes the same values.
@@ -172,14 +177,15 @@ class LogitsTable:
 
     def _open(self, shape, say):
         """The mapped file, made or made anew where it is absent, of another size, or disagrees with the teacher."""
-        size = 2 * int(np.prod(shape))
+        dtype = table_dtype(shape[1])
+        size = dtype.itemsize * int(np.prod(shape))
         for _ in range(2):
             if not self.path.exists() or self.path.stat().st_size != size:
                 if self.path.exists():
                     say(f"warning: table {self.path} is damaged: rebuilding it")
                 with files.replacing(self.path) as temporary, open(temporary, "wb") as file:
                     file.truncate(size)
-            values = torch.from_numpy(np.memmap(self.path, np.float16, "r+", shape=shape))
+            values = torch.from_numpy(np.memmap(self.path, dtype, "r+", shape=shape))
             if self._agrees(values):
                 return values
             say(f"warning: table {self.path} disagrees with the teacher: rebuilding it")
@@ -206,8 +212,7 @@ class LogitsTable:
     def _ask(self, index, views):
         """The teacher's answers into the table. Beyond float16's range a logit becomes infinite, and the loss says so."""
         rows = self._answer(index, views).to(self.values.dtype).cpu()
-        rows[rows == 0] = ZERO
-        self.values[index, views] = rows
+        self.values[index, views] = torch.where(rows == 0, ZERO, rows)
 
     def expect(self, index, views):
         """The (image, view) pairs that an epoch will ask for, in their order: what is missing is then filled in full calls."""
@@ -254,9 +259,10 @@ def _filled(rows):
 def attach_table(teacher, split, augment, mode, checkpoint_path, epochs, say):
     """Decide how the teacher's logits are had, say why, and give the teacher its table where it gets one."""
     views = augmentation.VIEWS[augment]
-    size = 2 * len(split) * views * len(split.classes)
+    dtype = table_dtype(views)
+    size = dtype.itemsize * len(split) * views * len(split.classes)
     folder = _folder(checkpoint_path)
-    path = folder / f"{augment}-{teacher.binding(split, augment)}.f16"
+    path = folder / f"{augment}-{teacher.binding(split, augment)}.{dtype.name}"
     on_gpu = split.images.device.type == "cuda"
     if teacher.needs_features:
         if mode not in ("auto", "live"):

@@ -40,7 +40,7 @@ def attach(teacher, split, path, augment="crop-flip", mode="lazy"):
 
 
 def table_files(path):
-    return sorted(Path(f"{path}.logits").glob("*.f16"))
+    return sorted(Path(f"{path}.logits").glob("*.float*"))
 
 
 def epochs(split, count, augment="crop-flip"):
