@@ -135,8 +135,8 @@ class StopSignals:
 
     @contextlib.contextmanager
     def deferred(self):
-        self._deferring = True
+        before, self._deferring = self._deferring, True
         try:
             yield
         finally:
-            self._deferring = False
+            self._deferring = before

@@ -57,6 +57,32 @@ class Batch(NamedTuple):
     views: torch.Tensor  # int64 (B,), see augmentation.py
     images: torch.Tensor  # uint8 (B, 3, H, W), the views themselves
     labels: torch.Tensor  # int64 (B,)
+    part: "Part | None" = None  # where this is one process's part of a step's batch
+
+
+class Part(NamedTuple):
+    """What one of several processes takes of a step's batch: images start to stop of `images`.
+
+    Parts are contiguous and as equal as they can be. A batch with fewer images than there are processes is whole in each.
+    """
+
+    start: int
+    stop: int
+    images: int  # of the whole step
+    share: float  # its loss times this, summed over the processes, is the step's
+    weight: float  # its loss times this, averaged over the processes, is the step's
+
+    @property
+    def whole(self):
+        return self.stop - self.start == self.images
+
+
+def part_of(images, rank, size):
+    """The Part of process `rank` of `size` in a step of `images`."""
+    if images < size:
+        return Part(0, images, images, 1 / size, 1.0)
+    start, stop = images * rank // size, images * (rank + 1) // size
+    return Part(start, stop, images, (stop - start) / images, (stop - start) * size / images)
 
 
 # -------------------------------------------------------------------------------------------------- batches
@@ -85,12 +111,23 @@ def epoch_plan(split, augment, seed, epoch):
     return EpochPlan(order.to(split.images.device), views.to(split.images.device))
 
 
-def train_batches(split, batch_size, augment, seed, epoch, first_step=0):
-    """The batches of one epoch from `first_step` on, the last partial one included."""
+def train_batches(split, batch_size, augment, seed, epoch, first_step=0, rank=0, size=1):
+    """The batches of one epoch from `first_step` on, the last partial one included; of each, the part of process `rank`."""
     plan = epoch_plan(split, augment, seed, epoch)
-    for start in range(first_step * batch_size, len(split), batch_size):
-        index, views = plan.order[start : start + batch_size], plan.views[start : start + batch_size]
-        yield Batch(index, views, augmentation.apply(augment, split.images[index], views), split.labels[index])
+    for rows, part in train_parts(len(split), batch_size, first_step, rank, size):
+        index, views = plan.order[rows], plan.views[rows]
+        yield Batch(index, views, augmentation.apply(augment, split.images[index], views), split.labels[index], part)
+
+
+def train_parts(images, batch_size, first_step=0, rank=0, size=1):
+    """(slice of an epoch's plan, Part) for each step; the whole batch, and no Part, where there is one process."""
+    for start in range(first_step * batch_size, images, batch_size):
+        stop = min(start + batch_size, images)
+        if size == 1:
+            yield slice(start, stop), None
+        else:
+            part = part_of(stop - start, rank, size)
+            yield slice(start + part.start, start + part.stop), part
 
 
 def evaluation_batches(split, batch_size=500):

@@ -28,12 +28,23 @@ class EpochSums:
         self.rows = list(rows)  # per step: (parts + 1,) float32, the parts and the number of right answers
         self.images = list(images)  # per step
         self.seconds = seconds  # of the training part alone, by the wall clock
+        self._united = len(self.rows)  # rows that are the whole step's and no longer this process's part of it
 
-    def add(self, parts, logits, labels):
+    def add(self, parts, logits, labels, part=None):
+        """One step's; with a data_loader.Part, this process's contribution to it, until `unite`."""
         self.parts = list(parts)
         correct = (logits.detach().argmax(1) == labels).sum()
-        self.rows.append(torch.stack([value.detach().float() for value in (*parts.values(), correct)]))
-        self.images.append(len(labels))
+        values = [value.detach().float() for value in (*parts.values(), correct)]
+        if part:
+            values = [*(value * part.share for value in values[:-1]), values[-1] * (part.share * part.images / len(labels))]
+        self.rows.append(torch.stack(values))
+        self.images.append(part.images if part else len(labels))
+
+    def unite(self, total):
+        """Make whole steps of the processes' parts; `total(tensor)` gives the sum of their tensors."""
+        if len(self.rows) > self._united:
+            self.rows[self._united :] = total(torch.stack(self.rows[self._united :])).unbind()
+            self._united = len(self.rows)
 
     def state(self):
         """The constructor's arguments, for a checkpoint taken inside the epoch."""
@@ -70,10 +81,11 @@ def train_epoch(student, method, teacher, optimizer, split, batches, sums, preci
         with autocast(device, precision):
             outputs = student.forward_features(images)
         parts = method(outputs, taught, batch.labels)
-        parts["loss"].backward()
+        loss = parts["loss"] * batch.part.weight if batch.part else parts["loss"]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        sums.add(parts, outputs.logits, batch.labels)
+        sums.add(parts, outputs.logits, batch.labels, batch.part)
         if after_step():
             break
     if device.type == "cuda":

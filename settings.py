@@ -8,6 +8,7 @@ import dataclasses
 import json
 
 import arguments
+import launcher
 import names
 import recipes
 import tuner
@@ -59,8 +60,8 @@ def build_parser(description=""):
     parser.flag(group, "--seed", type=number(int, minimum=0, maximum=2**63 - 1), default=DEFAULT_SEED, metavar="N",
                 help="of weights, order and views")
     group = parser.add_argument_group("machine")
-    parser.flag(group, "--cuda", type=arguments.cuda, metavar="N", help="GPUs: 1 or yes, 0 or no, or a number "
-                "(without the flag: a GPU if there is one)")
+    parser.flag(group, "--cuda", type=arguments.cuda, metavar="N", help="GPUs: 1 or yes, 0 or no, or a number, a process each "
+                "(without the flag: a GPU if there is one); under torchrun: 0, or a GPU for each of its processes")
     parser.flag(group, "--precision", choices=("auto", "fp32", "bf16"), default="auto",
                 help="arithmetic of the networks; auto takes bf16 where the hardware has it")
     group = parser.add_argument_group("records")
@@ -89,13 +90,27 @@ def given_settings(argv, description="", elsewhere=False):
                     raise UserError(f"--{key} is given and also proposed by the tuner; remove one of them")
                 given[key], origins[key] = proposed_value(parser, key, value), "tuner"
         check_combinations(given, origins)
-        device = None if elsewhere else arguments.device_name(given.get("cuda"))
+        for key, default in parser.defaults.items():
+            if key not in given and default is not None:
+                given[key], origins[key] = default, "default"
+        device = None if elsewhere else training_device(given)
     except UserError as error:
         parser.error(str(error))
-    for key, default in parser.defaults.items():
-        if key not in given and default is not None:
-            given[key], origins[key] = default, "default"
     return given, origins, device
+
+
+def training_device(given):
+    """'cuda' or 'cpu', where this machine's processes (torchrun's, or --cuda's own) have a GPU and an image each."""
+    wanted, place = given.get("cuda"), launcher.place()
+    if place.size > 1 and wanted not in (None, 0, 1, place.local_size):
+        raise UserError(f"--cuda {wanted}: torchrun started {place.local_size} processes here, and each takes one GPU")
+    device = arguments.device_name(wanted)
+    if place.size > 1 and device == "cuda":
+        arguments.device_name(place.local_size)
+    processes = place.size if place.size > 1 else wanted or 1
+    if given["batch_size"] < processes:
+        raise UserError(f"--batch-size {given['batch_size']}: {processes} processes share a batch, and each needs an image of it")
+    return device
 
 
 def proposed_value(parser, key, value):

@@ -4,17 +4,21 @@
   python3 train.py --student plane10 --dataset digits --epochs 10               cross-entropy only, the paper's NOKD
   python3 train.py --teacher plane10 --student plane2 --dataset digits --epochs 10
   python3 train.py --teacher resnet110 --teacher-checkpoint FILE --student resnet20 --dataset cifar100 --cuda 1
+  torchrun --nproc-per-node 2 train.py --student resnet20                       as --cuda 2: two GPUs share each batch
 
 Without --teacher-checkpoint the teacher is trained first, with its own recipe, and its run kept. The same command again continues
 an interrupted run, or says that it is finished. Everything lands in --run-dir: see runlog.py.
 """
 
+import contextlib
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
 import arguments
+import launcher
 import tuner
 from names import UserError
 from settings import DEFAULT_SEED, given_settings, identity_of, resolve
@@ -34,15 +38,19 @@ def teacher_settings(given, origins):
 
 
 # ---------------------------------------------------------------------------------------------------- a run
-def run(given, origins, device, console, signals, wait=False):
+def run(given, origins, device, console, signals, wait=False, world=None):
     """One training, begun or continued, with its teacher's before it where that is needed. Returns its summary (a dict).
+
+    In a group of processes (`world`, a parallel.World) all call this and get the same summary.
 
     Raises UserError for what the user can mend, engine.Diverged where the loss is no longer finite, checkpoint.Stopped on a signal.
     """
     # torch and what imports it come here, after the arguments are known to be good.
+    import parallel
     import runlog
     import training
 
+    world = world or parallel.World()
     settings, origins = resolve(given, origins)
     if "without_effect" in settings:
         proposed = ", ".join(f"{key} {value:g}" for key, value in settings["without_effect"].items())
@@ -51,22 +59,26 @@ def run(given, origins, device, console, signals, wait=False):
         if "run_dir" in settings:  # refused now, not after a teacher was trained for it
             runlog.RunDirectory(run_path(settings, {})).check(identity_of(settings))
         console.say(f"The teacher {settings['teacher']} first:")
-        made = run(*teacher_settings(given, origins), device, console, signals, wait=True)
+        made = run(*teacher_settings(given, origins), device, console, signals, wait=True, world=world)
         settings["teacher_checkpoint"], origins["teacher_checkpoint"] = made["checkpoint"], "its own run"
         console.say(f"Now the student {settings['student']}:")
     identity = identity_of(settings)
     if "teacher" in settings:
-        identity["teacher_weights"] = training.weights_digest(settings["teacher_checkpoint"])
+        identity["teacher_weights"] = world.shared(lambda: training.weights_digest(settings["teacher_checkpoint"]))
     directory = runlog.RunDirectory(run_path(settings, identity))
-    recorded = directory.check(identity)
-    if (summary := directory.read(directory.summary_file)) is not None:
+
+    def found():
+        return directory.check(identity), directory.read(directory.summary_file)
+
+    recorded, summary = world.shared(found)
+    if summary is not None:
         console.say(f"finished  {directory.path} (best {training.closing(summary)})")
         return summary
-    session = training.Session(settings, recorded, device, console)
-    with directory.claim(wait=wait, say=console.say):
-        if (summary := directory.read(directory.summary_file)) is not None:  # whoever held the lock has finished it
+    session = world.in_turn(lambda: training.Session(settings, recorded, device, console, world))
+    with directory.claim(wait=wait, say=console.say) if world.first else contextlib.nullcontext():
+        recorded, summary = world.shared(found)  # whoever held the lock may have finished it, or was stopped half-way
+        if summary is not None:
             return summary
-        recorded = directory.check(identity)  # whoever held the lock may have been stopped half-way
         return training.fit(session, directory, recorded, origins, identity, signals)
 
 
@@ -84,23 +96,45 @@ def run_path(settings, identity):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     stdout = sys.stdout  # importing nni in a trial makes sys.stdout its trial.log
-    given, origins, device = given_settings(argv, __doc__)
+    with launcher.one_voice():
+        given, origins, device = given_settings(argv, __doc__)
+    if given.get("cuda", 0) > 1 and launcher.place().size == 1:
+        command = [sys.executable, str(Path(__file__).resolve()), *argv]
+        sys.exit(launcher.launch(given["cuda"], command, lambda line: arguments.fail("train.py", line, 1)))
     import checkpoint
     import engine
+    import parallel
     import runlog
 
-    console = runlog.Console(sys.stderr if given.get("json") else sys.stdout)
+    try:
+        world = parallel.join(device)
+    except ConnectionError as error:
+        sys.exit(arguments.fail("train.py", error, 1))
+    stream = sys.stderr if given.get("json") else sys.stdout
+    console = runlog.Console(stream if world.first else open(os.devnull, "w"))
     try:
         with checkpoint.StopSignals() as signals:
-            summary = run(given, origins, device, console, signals)
+            summary = run(given, origins, device, console, signals, world=world)
+    except checkpoint.Stopped as stop:
+        world.end(stop.code)
     except UserError as error:
-        sys.exit(arguments.fail("train.py", error, 2))
+        world.end(failed(world, error, 2))
     except (engine.Diverged, OSError, MemoryError) as error:
-        sys.exit(arguments.fail("train.py", error, 1))
-    if "trial" in given:
+        world.end(failed(world, error, 1))
+    except RuntimeError as error:
+        if not world.lost(error):
+            raise
+        world.end(launcher.LOST)  # the process that failed says why
+    world.leave()
+    if "trial" in given and world.first:
         tuner.report_final(summary["best"]["accuracy_percent"])
-    if given.get("json"):
+    if given.get("json") and world.first:
         print(json.dumps(summary), file=stdout)
+
+
+def failed(world, error, status):
+    """The exit status. An error that several processes meet is printed by one."""
+    return arguments.fail("train.py", error, status) if world.speaks() else status
 
 
 if __name__ == "__main__":

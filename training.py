@@ -1,10 +1,11 @@
 """One run from its settings to its summary: data, teacher, student, method, epochs, records, and continuing where it stopped.
 
 Continuing goes by the run's own last.pth.tar: weights, optimizer, position (epoch and step), the epoch's sums so far and the
-generators. Order and views are functions of (seed, epoch), so they need no saving. On the CPU with the same number of threads a
-continued run ends with the same bits as an undisturbed one.
+generators. Order and views are functions of (seed, epoch), so they need no saving. On the CPU with the same number of threads
+and processes a continued run ends with the same bits as an undisturbed one.
 """
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import engine
 import kernels
 import losses
 import model_factory
+import parallel
 import recipes
 import runlog
 import tuner
@@ -42,9 +44,9 @@ def weights_digest(path):
 class Session:
     """Everything of a run that lives in memory. Building it reads and checks; it writes nothing."""
 
-    def __init__(self, settings, recorded, device, console):
+    def __init__(self, settings, recorded, device, console, world=None):
         kernels.keep_freed_memory()
-        self.settings, self.console = settings, console
+        self.settings, self.console, self.world = settings, console, world or parallel.World()
         self.device = torch.device(device)
         self.precision = settings["precision"]
         if self.precision == "auto":
@@ -107,7 +109,8 @@ class Session:
     def describe(self):
         settings, say = self.settings, self.console.say
         fused = "" if self.device.type != "cpu" or kernels.available() else ", no C compiler: PyTorch's own batch norm, slower"
-        say(f"device    {self.device.type}, {self.precision}, {torch.get_num_threads()} threads{fused}")
+        processes = f"{self.world.size} processes of " if self.world.size > 1 else ""
+        say(f"device    {self.device.type}, {self.precision}, {processes}{torch.get_num_threads()} threads{fused}")
         say(f"student   {settings['student']}, {model_factory.count_parameters(self.student):,} parameters")
         if self.teacher:
             options = ", ".join(f"{key} {value}" for key, value in settings["method_options"].items())
@@ -139,7 +142,14 @@ class Session:
         }
 
     def save(self, file):
-        """Everything that continuing needs."""
+        """Everything that continuing needs. Every process calls this, rank 0 writes, and the others wait until it is there."""
+        if self.world.size > 1:
+            self.sums.unite(self.world.total)
+        if self.world.first:
+            self._write(file)
+        self.world.barrier()
+
+    def _write(self, file):
         contents = self.network_contents(self.best or {})
         contents |= {
             "method_state_dict": self.method.state_dict(),
@@ -173,53 +183,71 @@ def _keywords(options):
 # ------------------------------------------------------------------------------------------------ the epochs
 def fit(session, directory, recorded, origins, identity, signals):
     """Train from where the run stands to its end; returns the summary."""
-    settings, console = session.settings, session.console
+    settings, console, world = session.settings, session.console, session.world
     if recorded and directory.last_file.is_file():
         session.restore(directory.last_file)
     session.describe()
     where = f"epoch {session.epoch}, step {session.step}"
     console.say(f"run       {directory.path}{f' (continuing at {where})' if recorded else ''}")
     config = identity | settings | {"origins": origins, "path": session.path, "argv": _argv()}
-    config["environment"] = runlog.environment(session.device) | {"precision": session.precision, "kernels": kernels.available()}
-    changed = [key for key in ("threads", "kernels", "torch") if recorded and recorded["environment"].get(key) != config["environment"][key]]
+    config["environment"] = runlog.environment(session.device) | {
+        "precision": session.precision,
+        "kernels": kernels.available(),
+        "processes": world.size,
+    }
+    before = {"processes": 1} | recorded["environment"] if recorded else config["environment"]
+    changed = [key for key in ("threads", "kernels", "torch", "processes") if before.get(key) != config["environment"][key]]
     if changed:
         console.say(f"note: {' and '.join(changed)} changed since the run began: rounding will differ from an undisturbed run")
-    directory.start(config, session.epoch)
+    if world.first:
+        directory.start(config, session.epoch)
     if session.teacher:
-        attach_table(session.teacher, session.train, settings["augment"], settings["teacher_cache"],
-                     settings["teacher_checkpoint"], settings["epochs"], console.say)  # fmt: skip
+        world.in_turn(lambda: attach_table(session.teacher, session.train, settings["augment"], settings["teacher_cache"],
+                                           settings["teacher_checkpoint"], settings["epochs"], console.say))  # fmt: skip
+    learner, lesson = world.wrap(session.student, session.method)
     name = f"{settings['student']}_{settings.get('trial', 'seed' + str(settings['seed']))}_best.pth.tar"
-    while not session.finished:
-        train_one_epoch(session, directory, signals)
-        try:
-            record = evaluated_record(session)
-        except checkpoint.Stopped:
-            session.save(directory.last_file)
-            raise
-        with signals.deferred():
-            close_epoch(session, directory, record, directory.path / name)
-        if signals.received:
-            raise checkpoint.Stopped(signals.received)
+    # Processes of a group stop where they agreed upon it and nowhere else: one that left alone would leave the others waiting.
+    with signals.deferred() if world.size > 1 else contextlib.nullcontext():
+        while not session.finished:
+            train_one_epoch(session, learner, lesson, directory, signals)
+            try:
+                record = evaluated_record(session)
+            except checkpoint.Stopped:
+                session.save(directory.last_file)
+                raise
+            with signals.deferred():
+                close_epoch(session, directory, record, directory.path / name)
+            if stop := world.highest(signals.received or 0):
+                raise checkpoint.Stopped(stop)
     directory.close()
-    summary = summarise(session, directory, directory.path / name)
-    directory.finish(summary)
+    summary = world.shared(lambda: summarise(session, directory, directory.path / name))
+    if world.first:
+        directory.finish(summary)
     console.say(f"done      {closing(summary)} in {runlog.duration(summary['seconds'])}; {directory.path}")
     return summary
 
 
-def train_one_epoch(session, directory, signals):
-    """The steps of the current epoch that are still to do. A signal ends it after a step, with everything saved."""
-    settings = session.settings
+GO_ON, SAVE, STOP = 0, 1, 2  # after a step; stopping is STOP + the signal's number, and the processes do the greatest
+
+
+def train_one_epoch(session, learner, lesson, directory, signals):
+    """The steps of the current epoch that are still to do. A signal ends it after a step, with everything saved.
+
+    `learner` and `lesson` are the session's student and method as World.wrap gives them.
+    """
+    settings, world = session.settings, session.world
     for group in session.optimizer.param_groups:
         group["lr"] = learning_rate(session)
     steps = data_loader.steps_per_epoch(session.train, settings["batch_size"])
     batches = data_loader.train_batches(
-        session.train, settings["batch_size"], settings["augment"], settings["seed"], session.epoch, session.step
-    )
+        session.train, settings["batch_size"], settings["augment"], settings["seed"], session.epoch, session.step,
+        world.rank, world.size,
+    )  # fmt: skip
     if session.teacher and session.teacher.table:
         plan = data_loader.epoch_plan(session.train, settings["augment"], settings["seed"], session.epoch)
-        done = session.step * settings["batch_size"]
-        session.teacher.table.expect(plan.order[done:], plan.views[done:])
+        parts = data_loader.train_parts(len(session.train), settings["batch_size"], session.step, world.rank, world.size)
+        rows = torch.tensor([row for rows, _ in parts for row in range(rows.start, rows.stop)], dtype=torch.int64)
+        session.teacher.table.expect(plan.order[rows], plan.views[rows])
     saved = time.monotonic()
     with session.console.progress(session.epoch, steps, session.step, settings["batch_size"]) as advance:
 
@@ -227,19 +255,24 @@ def train_one_epoch(session, directory, signals):
             nonlocal saved
             session.step += 1
             advance()
-            if time.monotonic() - saved > 60 * settings["save_minutes"]:
+            due = SAVE if time.monotonic() - saved > 60 * settings["save_minutes"] else GO_ON
+            decision = world.highest(STOP + signals.received if signals.received else due)
+            if decision == SAVE:
                 session.save(directory.last_file)
                 saved = time.monotonic()
-            return signals.received is not None
+            return decision > SAVE
 
         with signals.deferred():
-            engine.train_epoch(session.student, session.method, session.teacher, session.optimizer, session.train, batches,
+            engine.train_epoch(learner, lesson, session.teacher, session.optimizer, session.train, world.noting(batches),
                                session.sums, session.precision, after_step)  # fmt: skip
-            if signals.received:
+            stop = world.highest(signals.received or 0)
+            if stop:
                 session.save(directory.last_file)
-    if signals.received:
+            elif world.size > 1:
+                session.sums.unite(world.total)
+    if stop:
         session.console.say(f"stopped at epoch {session.epoch}, step {session.step}; the same command continues")
-        raise checkpoint.Stopped(signals.received)
+        raise checkpoint.Stopped(stop)
 
 
 def learning_rate(session):
@@ -268,18 +301,21 @@ def evaluated_record(session):
 
 def close_epoch(session, directory, record, best_file):
     """Records first, then the best network, then the state to continue from: a crash between them repeats the epoch."""
-    directory.log(record)
-    if "trial" in session.settings:  # not so for a teacher that a trial trains first: the tuner would take it for the student
-        tuner.report_epoch(record[f"{session.selection_split}_accuracy_percent"])
     key = f"{session.selection_split}_accuracy_percent"
-    if session.best is None or record[key] > session.best[key]:
+    best = session.best is None or record[key] > session.best[key]
+    if best:
         session.best = record
-        checkpoint.save(session.network_contents(record), best_file)
-    done = directory.records()
-    seconds = sum(line["train_seconds"] + line["evaluation_seconds"] for line in done)
+    if session.world.first:
+        directory.log(record)
+        if "trial" in session.settings:  # not so for a teacher that a trial trains first: the tuner would take it for the student
+            tuner.report_epoch(record[key])
+        if best:
+            checkpoint.save(session.network_contents(record), best_file)
+        done = directory.records()
+        seconds = sum(line["train_seconds"] + line["evaluation_seconds"] for line in done)
+        left = seconds / len(done) * (session.settings["epochs"] - session.epoch - 1)
+        session.console.row(record, session.settings["epochs"], left)
     session.epoch, session.step, session.sums = session.epoch + 1, 0, engine.EpochSums()
-    left = seconds / len(done) * (session.settings["epochs"] - session.epoch)
-    session.console.row(record, session.settings["epochs"], left)
     session.save(directory.last_file)
 
 

@@ -13,6 +13,8 @@ MODULES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in so
 # Left may import right and nothing else of the suite's; every row is below the rows that it imports.
 ARROWS = {
     "names": "",
+    "launcher": "",
+    "parallel": "launcher",
     "files": "names",
     "augmentation": "names",
     "losses": "",
@@ -20,7 +22,7 @@ ARROWS = {
     "arguments": "names",
     "recipes": "names",
     "tuner": "names",
-    "settings": "names arguments recipes tuner",
+    "settings": "names launcher arguments recipes tuner",
     "checkpoint": "names files",
     "model_factory": "names checkpoint kernels",
     "data_loader": "names files checkpoint augmentation",
@@ -31,8 +33,8 @@ ARROWS = {
     "figures": "",
     "engine": "data_loader",
     "teacher": "names files augmentation checkpoint data_loader engine kernels",
-    "training": "names recipes tuner checkpoint kernels model_factory data_loader runlog losses engine teacher",
-    "train": "names arguments tuner settings checkpoint engine runlog training",
+    "training": "names parallel recipes tuner checkpoint kernels model_factory data_loader runlog losses engine teacher",
+    "train": "names launcher parallel arguments tuner settings checkpoint engine runlog training",
     "evaluate": "names arguments data_loader engine model_factory",
     "calibrate": "names arguments data_loader engine losses model_factory training",
     "distill_paths": "names arguments cluster runlog settings study",
@@ -41,7 +43,7 @@ ARROWS = {
 COMMANDS = ("train", "evaluate", "calibrate", "distill_paths", "report")
 # Asked before the arguments are known to be good; what else they need is imported where it is used.
 LIGHT = {
-    "names": set(), "files": set(), "recipes": set(), "settings": set(), "arguments": {"torch"}, "tuner": {"nni"},
+    "names": set(), "launcher": set(), "files": set(), "recipes": set(), "settings": set(), "arguments": {"torch"}, "tuner": {"nni"},
     "runlog": {"torch", "numpy", "tqdm"}, "study": set(), "cluster": set(), "results": {"scipy"},
     "distill_paths": {"tqdm"}, "report": set(),
 }  # fmt: skip
