@@ -1,6 +1,7 @@
 """What the commands' argument parsers share: spellings of values, files of arguments, one-line errors. Standard library only."""
 
 import argparse
+import contextlib
 import ctypes
 import json
 import math
@@ -56,6 +57,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         print(f"{self.prog}: error: {' '.join(message.split())} ({self.prog} --help explains)", file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def requirements(program):
+    """For a command's imports: a package that is not installed is one line, not a traceback."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        fix = f"install what the suite needs with: {sys.executable} -m pip install -r requirements.txt"
+        sys.exit(fail(program, f"{error}; {fix} (or activate the environment that has it)", 2))
 
 
 def fail(program, error, status):

@@ -433,7 +433,8 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        import results
+        with arguments.requirements("report.py"):
+            import results
 
         runs, unreadable = results.collect(args.runs)
         if not runs:

@@ -101,10 +101,11 @@ def main(argv=None):
     if given.get("cuda", 0) > 1 and launcher.place().size == 1:
         command = [sys.executable, str(Path(__file__).resolve()), *argv]
         sys.exit(launcher.launch(given["cuda"], command, lambda line: arguments.fail("train.py", line, 1)))
-    import checkpoint
-    import engine
-    import parallel
-    import runlog
+    with arguments.requirements("train.py"):
+        import checkpoint
+        import engine
+        import parallel
+        import runlog
 
     try:
         world = parallel.join(device)
