@@ -13,12 +13,12 @@ demo: .venv/installed
 	$(DEMO)/alone --student plane2
 	$(BIN)/python evaluate.py --checkpoint $(foreach run,teacher assistant student direct alone,runs/demo/$(run)/*_best.pth.tar)
 
-# Under 4 minutes on 2 cores. test-all adds what takes minutes or a service: NNI, CIFAR (where TAKD_CIFAR_DIR names it).
+# Under 4 minutes on 2 cores. test-all adds what takes minutes or a service: NNI, SLURM, a browser, CIFAR (where TAKD_CIFAR_DIR names it).
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: .venv/installed-dev
-	$(BIN)/python -m pytest -rs
+test-all: test
+	$(BIN)/python -m pytest -rs -m slow
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """What the commands' argument parsers share: spellings of values, files of arguments, one-line errors. Standard library only."""
 
 import argparse
+import contextlib
 import ctypes
 import json
 import math
@@ -48,20 +49,30 @@ class Parser(argparse.ArgumentParser):
         except RecursionError:
             self.error("an @file of arguments names itself")
 
+    def named_in(self, argv):
+        """Destinations of the flags that stand in `argv` itself, not in an @file."""
+        flags = {word.split("=")[0] for word in argv}
+        return {action.dest for action in self._actions if flags.intersection(action.option_strings)}
+
     def error(self, message):
         print(f"{self.prog}: error: {' '.join(message.split())} ({self.prog} --help explains)", file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def requirements(program):
+    """For a command's imports: a package that is not installed is one line, not a traceback."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        fix = f"install what the suite needs with: {sys.executable} -m pip install -r requirements.txt"
+        sys.exit(fail(program, f"{error}; {fix} (or activate the environment that has it)", 2))
 
 
 def fail(program, error, status):
     """Print an error as one line; returns the exit status."""
     print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
-
-
-def given_directly(argv):
-    """The arguments that did not come from an @file."""
-    return [argument for argument in argv if not argument.startswith("@")]
 
 
 # ------------------------------------------------------------------------------------------------ spellings

@@ -213,7 +213,8 @@ class Runner:
 
     def run(self):
         """Returns the number of the signal that ended it, or None."""
-        before = {number: signal.signal(number, self.stop) for number in SIGNALS}
+        heard = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]  # nohup
+        before = {number: signal.signal(number, self.stop) for number in heard}
         try:
             with Progress(self) as progress:
                 while self.running or (self.waiting and not self.stopping):

@@ -32,11 +32,12 @@ def build_parser():
 
 def evaluate(path, args, device, splits):
     """One file's scores, a dict for JSON. `splits` keeps each data set's test split for the next file."""
-    import torch
+    with arguments.requirements("evaluate.py"):
+        import torch
 
-    import data_loader
-    import engine
-    import model_factory
+        import data_loader
+        import engine
+        import model_factory
 
     network, about = model_factory.load_network(path, args.model)
     dataset = args.dataset or about.get("dataset")

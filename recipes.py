@@ -21,6 +21,7 @@ class Recipe:
     learning_rate_decay: float = 0.1
     momentum: float = 0.9
     kd_reduction: str = "batchmean"
+    precision: str = "auto"  # bf16 where the hardware has it
 
 
 RECIPES = {
@@ -32,8 +33,8 @@ RECIPES = {
     },
     "released-code": {
         # `epoch < int(epoch / 2.0)` is never true there, so its 0.1 is never used; KLDivLoss() divides by the classes.
-        "resnet": Recipe(0.01, (3 / 4,), 1e-4, nesterov=False, augment="none", kd_reduction="mean"),
-        "plane": Recipe(0.01, (), 1e-4, nesterov=False, augment="none", kd_reduction="mean"),
+        "resnet": Recipe(0.01, (3 / 4,), 1e-4, nesterov=False, augment="none", kd_reduction="mean", precision="fp32"),
+        "plane": Recipe(0.01, (), 1e-4, nesterov=False, augment="none", kd_reduction="mean", precision="fp32"),
     },
 }
 

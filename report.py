@@ -7,6 +7,7 @@
 Reads what train.py recorded (config.json, metrics.jsonl, summary.json); neither torch nor weights are needed.
 """
 
+import dataclasses
 import html
 import re
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import arguments
 import names
+import recipes
 import runlog
 from arguments import number
 from names import UserError
@@ -364,6 +366,15 @@ def rule(document, found):
     )
 
 
+def recipe_of(group):
+    """The recipe, the epochs, and what was given in the recipe's stead."""
+    config = group.config
+    keys = [field.name for field in dataclasses.fields(recipes.Recipe) if field.name in config]
+    given = [key for key in keys if not config["origins"][key].startswith(("recipe", "default", "data set"))]
+    values = {key: " ".join(map(str, config[key])) if isinstance(config[key], list) else config[key] for key in given}
+    return ", ".join([config["recipe"], str(config["epochs"]), *(f"{key.replace('_', ' ')} {value}" for key, value in values.items())])
+
+
 def leaderboard(document, groups):
     """Every group of seeds, best first, a table a data set."""
     import results
@@ -382,7 +393,7 @@ def leaderboard(document, groups):
             theirs = results.published_for(dataset, group.path, group.method)
             rows.append([
                 group.path[-1], str(rank) if group.finished else "", study.arrows(group.path[:-1]) or "labels", group.method or "", settings_of(group),
-                f"{group.config['recipe']}, {group.config['epochs']}", seeds_of(group), percent(group.mean("best"), group.deviation("best")),
+                recipe_of(group), seeds_of(group), percent(group.mean("best"), group.deviation("best")),
                 percent(group.mean("last"), group.deviation("last")), ", ".join(f"{value:.2f} ({source})" for source, value in theirs.items()),
             ])  # fmt: skip
         document.heading(dataset, 3)
@@ -422,7 +433,8 @@ def main(argv=None):
     parser = build_parser()
     args = parser.parse_args(argv)
     try:
-        import results
+        with arguments.requirements("report.py"):
+            import results
 
         runs, unreadable = results.collect(args.runs)
         if not runs:

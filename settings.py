@@ -79,9 +79,9 @@ def given_settings(argv, description="", elsewhere=False):
     """
     parser = build_parser(description)
     parsed = vars(parser.parse_args(argv))
-    direct = vars(parser.parse_args(arguments.given_directly(argv)))
+    direct = parser.named_in(argv)
     given = {key: value for key, value in parsed.items() if value is not None}
-    origins = {key: "command line" if direct[key] is not None else "arguments file" for key in given}
+    origins = {key: "command line" if key in direct else "arguments file" for key in given}
     try:
         if trial := tuner.trial():
             given["trial"], origins["trial"] = trial, "NNI"
@@ -141,8 +141,9 @@ def resolve(given, origins):
     if settings.get("momentum") == 0:
         from_recipe["nesterov"] = False
     from_recipe["milestones"] = recipes.milestone_epochs(recipe.milestones, given["epochs"])
-    if settings["augment"] == "auto":
-        del settings["augment"]
+    for key in ("augment", "precision"):
+        if settings[key] == "auto":
+            del settings[key]
     for key, value in from_recipe.items():
         if key not in settings and key != "kd_reduction":
             settings[key], origins[key] = value, f"recipe {given['recipe']}"

@@ -56,6 +56,8 @@ def run(given, origins, device, console, signals, wait=False, world=None):
         proposed = ", ".join(f"{key} {value:g}" for key, value in settings["without_effect"].items())
         console.say(f"note: the tuner's {proposed} have no effect without --teacher")
     if "teacher" in settings and "teacher_checkpoint" not in settings:
+        if "run_dir" in settings:  # refused now, not after a teacher was trained for it
+            runlog.RunDirectory(run_path(settings, {})).check(identity_of(settings))
         console.say(f"The teacher {settings['teacher']} first:")
         made = run(*teacher_settings(given, origins), device, console, signals, wait=True, world=world)
         settings["teacher_checkpoint"], origins["teacher_checkpoint"] = made["checkpoint"], "its own run"
@@ -99,10 +101,11 @@ def main(argv=None):
     if given.get("cuda", 0) > 1 and launcher.place().size == 1:
         command = [sys.executable, str(Path(__file__).resolve()), *argv]
         sys.exit(launcher.launch(given["cuda"], command, lambda line: arguments.fail("train.py", line, 1)))
-    import checkpoint
-    import engine
-    import parallel
-    import runlog
+    with arguments.requirements("train.py"):
+        import checkpoint
+        import engine
+        import parallel
+        import runlog
 
     try:
         world = parallel.join(device)

@@ -38,7 +38,7 @@ ARROWS = {
     "evaluate": "names arguments data_loader engine model_factory",
     "calibrate": "names arguments data_loader engine losses model_factory training",
     "distill_paths": "names arguments cluster runlog settings study",
-    "report": "names files arguments runlog study results figures",
+    "report": "names files arguments recipes runlog study results figures",
 }
 COMMANDS = ("train", "evaluate", "calibrate", "distill_paths", "report")
 # Asked before the arguments are known to be good; what else they need is imported where it is used.

@@ -21,7 +21,7 @@ DIGITS = ("--dataset", "digits", "--epochs", "2", "--cuda", "0", "--precision", 
 PLANE = study.FAMILIES["plane"]
 
 
-def until(condition, seconds=120):
+def until(condition, seconds=300):
     """Wait for something that another process does."""
     end = time.monotonic() + seconds
     while not condition():
@@ -203,14 +203,14 @@ def test_a_study_survives_an_interrupt_and_a_killed_child(start_command, call, t
     process = start_command(*argv)
     until((teacher / "last.pth.tar").exists)  # the first of its epochs is over
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "the same command continues" in out, (out, err)
     assert not (teacher / "summary.json").exists() and not student.exists()
 
     process = start_command(*argv)
     until((student / "config.json").exists)
     os.kill(int(re.search(r"process (\d+)", (student / ".lock").read_text())[1]), signal.SIGKILL)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 1 and err.count("plane4-plane2-seed1: killed by SIGKILL") == 1, (out, err)
     assert (alone / "summary.json").exists(), "what does not depend on it goes on"
     half_way = (runs / "report.md").read_text()
@@ -218,7 +218,7 @@ def test_a_study_survives_an_interrupt_and_a_killed_child(start_command, call, t
 
     before = {folder: (folder / "summary.json").stat().st_mtime_ns for folder in (teacher, alone)}
     process = start_command(*argv)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and "3 trainings, 2 finished" in out, (out, err)
     assert before == {folder: (folder / "summary.json").stat().st_mtime_ns for folder in before}, "finished ones are left alone"
 

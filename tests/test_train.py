@@ -412,13 +412,13 @@ def test_temperature_and_lambda(flag, value, tmp_path, call, tiny, teacher_file)
 
 
 def test_teacher_cache(tmp_path, call, tiny, teacher_file):
-    """live leaves no table, the others do; what is learned is the same but for a table's half precision."""
-    accuracies = []
+    """live leaves no table, lazy and full do, each in its own way; what is learned is the same."""
+    losses, how = [], {"live": "asked of the teacher for every batch", "lazy": "filled as batches ask", "full": "filled now"}
     for mode in ("live", "lazy", "full"):
-        distil(call, tiny, teacher_file, tmp_path / mode, "--teacher-cache", mode)
+        assert how[mode] in distil(call, tiny, teacher_file, tmp_path / mode, "--teacher-cache", mode).out
         assert any(Path(f"{teacher_file}.logits").glob("*.float*")) == (mode != "live")
-        accuracies.append(lines(tmp_path / mode / "metrics.jsonl")[0]["train_loss"])
-    assert accuracies == pytest.approx([accuracies[0]] * 3, rel=1e-3) and accuracies[1] == accuracies[2] != accuracies[0]
+        losses.append(lines(tmp_path / mode / "metrics.jsonl")[0]["train_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4) and losses[1] == losses[2]
 
 
 def test_cuda(tmp_path, call, tiny):
