@@ -4,6 +4,7 @@
 `released-code` is what the authors' published program really does, faults included, to reproduce other people's runs of it.
 """
 
+import math
 from dataclasses import dataclass
 
 import names
@@ -22,6 +23,7 @@ class Recipe:
     momentum: float = 0.9
     kd_reduction: str = "batchmean"
     precision: str = "auto"  # bf16 where the hardware has it
+    round_down: bool = False  # where a milestone falls between two epochs
 
 
 RECIPES = {
@@ -33,8 +35,8 @@ RECIPES = {
     },
     "released-code": {
         # `epoch < int(epoch / 2.0)` is never true there, so its 0.1 is never used; KLDivLoss() divides by the classes.
-        "resnet": Recipe(0.01, (3 / 4,), 1e-4, nesterov=False, augment="none", kd_reduction="mean", precision="fp32"),
-        "plane": Recipe(0.01, (), 1e-4, nesterov=False, augment="none", kd_reduction="mean", precision="fp32"),
+        "resnet": Recipe(0.01, (3 / 4,), 1e-4, nesterov=False, augment="none", kd_reduction="mean", precision="fp32", round_down=True),
+        "plane": Recipe(0.01, (), 1e-4, nesterov=False, augment="none", kd_reduction="mean", precision="fp32", round_down=True),
     },
 }
 
@@ -44,9 +46,9 @@ def recipe(name, network):
     return RECIPES[name][names.family(network)]
 
 
-def milestone_epochs(fractions, epochs):
-    """Epochs, counted from 0, at which the rate falls: (1/2, 3/4) of 160 is [80, 120]."""
-    return [int(fraction * epochs) for fraction in fractions]
+def milestone_epochs(recipe, epochs):
+    """Epochs, counted from 0, at which the rate falls: (1/2, 3/4) of 160 is [80, 120], of 1 it is never."""
+    return [(math.floor if recipe.round_down else math.ceil)(fraction * epochs) for fraction in recipe.milestones]
 
 
 def learning_rate_at(epoch, learning_rate, milestones, decay):

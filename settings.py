@@ -140,12 +140,12 @@ def resolve(given, origins):
     from_recipe = dataclasses.asdict(recipe)
     if settings.get("momentum") == 0:
         from_recipe["nesterov"] = False
-    from_recipe["milestones"] = recipes.milestone_epochs(recipe.milestones, given["epochs"])
+    from_recipe["milestones"] = recipes.milestone_epochs(recipe, given["epochs"])
     for key in ("augment", "precision"):
         if settings[key] == "auto":
             del settings[key]
     for key, value in from_recipe.items():
-        if key not in settings and key != "kd_reduction":
+        if key not in settings and key not in ("kd_reduction", "round_down"):
             settings[key], origins[key] = value, f"recipe {given['recipe']}"
     if origins["augment"].startswith("recipe") and not names.DATASETS[given["dataset"]].flips:
         settings["augment"], origins["augment"] = "none", f"data set {given['dataset']}"

@@ -50,7 +50,7 @@ def test_kl_is_not_divided_by_the_classes():
 def test_the_learning_rate_falls_when_the_paper_says():
     """`epoch < int(epoch / 2.0)` was never true: 0.1 was never used."""
     recipe = recipes.recipe("paper", "resnet110")
-    falls = recipes.milestone_epochs(recipe.milestones, 160)
+    falls = recipes.milestone_epochs(recipe, 160)
     rates = [
         recipes.learning_rate_at(epoch, recipe.learning_rate, falls, recipe.learning_rate_decay)
         for epoch in (0, 79, 80, 119, 120, 159)
@@ -109,10 +109,11 @@ def test_a_teacher_trained_in_the_same_run_has_its_own_recipe(tmp_path, call, ti
     outcome = call(train, *command)
     assert outcome.status == 0, outcome.err
     student, taught = read(tmp_path / "config.json"), read(tmp_path / "teacher/config.json")
-    assert (student["learning_rate"], student["nesterov"], student["milestones"]) == (0.02, False, [0, 0])
+    assert (student["learning_rate"], student["nesterov"], student["milestones"]) == (0.02, False, [1, 1])
     own = recipes.recipe("paper", "plane4")
     assert (taught["learning_rate"], taught["nesterov"]) == (own.learning_rate, own.nesterov)
-    assert taught["milestones"] == recipes.milestone_epochs(own.milestones, 1) != student["milestones"]
+    assert own.learning_rate != recipes.recipe("paper", "resnet8").learning_rate
+    assert taught["milestones"] == recipes.milestone_epochs(own, 1)
     assert (taught["student"], taught["seed"]) == ("plane4", 3) and "teacher" not in taught
     assert read(tmp_path / "summary.json")["path"] == ["plane4", "resnet8"]
     assert "finished" in call(train, *command).out

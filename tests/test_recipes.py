@@ -40,7 +40,15 @@ def test_paper_resnet():
 
 def test_paper_plane():
     settings, _ = resolved("--student", "plane10", "--epochs", 150)
-    assert settings["nesterov"] and len(rates(settings)) == 150 and max(rates(settings)) <= 0.1
+    assert rates(settings) == pytest.approx([0.01] * 75 + [0.001] * 38 + [0.0001] * 37)
+    assert settings["nesterov"] and settings["augment"] == "none"
+
+
+@pytest.mark.parametrize("epochs, falls", [(1, []), (2, [1]), (3, [2]), (5, [3, 4])])
+def test_a_short_run_does_not_begin_with_a_fall(epochs, falls):
+    settings, _ = resolved("--student", "resnet8", "--epochs", epochs)
+    assert rates(settings)[0] == 0.1
+    assert [epoch for epoch in range(1, epochs) if rates(settings)[epoch] < rates(settings)[epoch - 1]] == falls
 
 
 @pytest.mark.parametrize("epochs", [4, 7, 160])
