@@ -9,7 +9,7 @@ In training, what follows the convolution takes one pass over memory instead of 
 convolutions do their ReLU and residual themselves (PackedConv). Both are the same function, gradients and running statistics as
 PyTorch's own operations, to rounding (tests/test_kernels.py), which run wherever the fast way does not apply: on a GPU, without
 a C compiler, in other memory layouts. kernels.c is compiled once per machine by its own compiler, in about a second, and kept in
-the user's cache folder. Why: half of a small network's step is not in its convolutions (docs/performance.md).
+the user's cache folder. Why: much of a small network's step is not in its convolutions (docs/performance.md).
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def conv_norm(conv, bn, x, residual=None, relu=True, pool=False):
 
 
 def keep_freed_memory():
-    """Let this process keep what it frees: every step asks for the same tensors again, and fresh pages cost a tenth of a step."""
+    """Let this process keep what it frees: every step asks for the same tensors again, and fresh pages cost time."""
     trim_threshold, mmap_threshold = -1, -3  # of glibc's malloc.h; elsewhere there is no such function
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
