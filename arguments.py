@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import ctypes
-import json
 import math
 import shlex
 import sys
@@ -156,14 +155,3 @@ def device_name(wanted):
         there = f"{present} GPU{'s' if present != 1 else ''}" if present else "no GPU (or no driver for it)"
         raise UserError(f"--cuda {wanted}: this machine has {there}; {'--cuda 0 runs on the CPU' if not present else f'at most --cuda {present}'}")
     return "cuda" if present else "cpu"
-
-
-def option(text):
-    """key=value, the value as JSON where it is JSON, else as text."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise argparse.ArgumentTypeError(f"'{text}' is not key=value")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value

@@ -5,7 +5,6 @@ Standard library only: the commands that plan trainings (distill_paths.py) read 
 
 import argparse
 import dataclasses
-import json
 
 import arguments
 import launcher
@@ -178,11 +177,7 @@ def flags(given):
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         elif isinstance(value, list):
-            words += [f"--{name}", *(_word(item) for item in value)]
+            words += [f"--{name}", *map(str, value)]
         else:
-            words += [f"--{name}", _word(value)]
+            words += [f"--{name}", str(value)]
     return words
-
-
-def _word(value):
-    return f"{value[0]}={json.dumps(value[1])}" if isinstance(value, tuple) else str(value)
