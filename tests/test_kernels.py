@@ -125,3 +125,13 @@ def test_a_frozen_network_gives_the_same_logits(name, dtype, tolerance):
         expected = network.eval()(x)
     assert (logits - expected).norm() <= tolerance * expected.norm()
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
+@needs_kernels
+@pytest.mark.parametrize("how", [{}, {"pool": True}, {"relu": False}], ids=str)
+def test_nan_goes_through(how):
+    """A ReLU that turned it into 0 would hide that a run has diverged."""
+    conv, bn = conv_bn(16)
+    x = images(2, 4, 4)
+    x[0, 0, 0, 0] = float("nan")
+    assert kernels.conv_norm(conv, bn, x, **how).isnan().any()
