@@ -10,6 +10,7 @@ device. Legend: N images of a split, B of a batch, H W their size.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import os
 import socket
@@ -22,6 +23,7 @@ import torch
 
 import augmentation
 import checkpoint
+import kernels
 import names
 from files import locked, replacing
 from names import UserError
@@ -145,12 +147,27 @@ def evaluation_batches(split, batch_size=500):
         yield split.images[start : start + batch_size], split.labels[start : start + batch_size]
 
 
-def normalise(images, mean, std):
-    """uint8 (B, 3, H, W) -> float32, channels last: (pixel / 255 - mean) / std, as torchvision's ToTensor and Normalize."""
+def normalise(images, mean, std, dtype=torch.float32):
+    """uint8 (B, 3, H, W) -> channels last: (pixel / 255 - mean) / std, as torchvision's ToTensor and Normalize, rounded to `dtype`."""
+    scale_shift, table = _constants(tuple(mean), tuple(std), dtype, images.device)
+    looked_up = kernels.look_up(images, table)
+    return _scaled(images, scale_shift, dtype) if looked_up is None else looked_up
+
+
+def _scaled(images, scale_shift, dtype):
+    values = images.to(torch.float32, memory_format=torch.channels_last)
+    return values.mul_(scale_shift[0]).add_(scale_shift[1]).to(dtype)
+
+
+@functools.lru_cache
+@torch.inference_mode(False)  # they outlive an evaluation that asks for them first
+def _constants(mean, std, dtype, device):
+    """Factor and summand per channel, (2, 1, 3, 1, 1), and what each of the 256 values of a pixel becomes, (3, 256): made once."""
     scale = [1 / (255 * deviation) for deviation in std]
     shift = [-average / deviation for average, deviation in zip(mean, std, strict=True)]
-    constants = torch.tensor([scale, shift], device=images.device).reshape(2, 1, 3, 1, 1)
-    return images.to(torch.float32, memory_format=torch.channels_last).mul_(constants[0]).add_(constants[1])
+    scale_shift = torch.tensor([scale, shift]).reshape(2, 1, 3, 1, 1)
+    values = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
+    return scale_shift.to(device), _scaled(values, scale_shift, dtype).reshape(3, 256).contiguous()
 
 
 # ------------------------------------------------------------------------------------------------ data sets

@@ -66,6 +66,11 @@ class EpochSums:
         }
 
 
+def input_dtype(precision):
+    """What images are normalised to: what the first convolution takes, so that autocast has nothing to convert."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
 def train_epoch(student, method, teacher, optimizer, split, batches, sums, precision, after_step=lambda: False):
     """Train `student` on `batches`, adding to `sums`; ends early where `after_step()` is true.
 
@@ -76,7 +81,7 @@ def train_epoch(student, method, teacher, optimizer, split, batches, sums, preci
     device = split.images.device
     started = time.perf_counter()
     for batch in batches:
-        images = data_loader.normalise(batch.images, split.mean, split.std)
+        images = data_loader.normalise(batch.images, split.mean, split.std, input_dtype(precision))
         taught = teacher and teacher(batch, images)
         with autocast(device, precision):
             outputs = student.forward_features(images)

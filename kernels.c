@@ -1,4 +1,4 @@
-/* Batch norm in training with what follows it (residual, ReLU, 2x2 max-pool), forward and backward, on the CPU.
+/* Batch norm in training with what follows it (residual, ReLU, 2x2 max-pool), forward and backward, and normalising pixels: on the CPU.
  *
  * Tensors are channels last: rows of C channels, C a multiple of 16, a row a pixel. Values are bf16 (-DBF16) or float; arithmetic is
  * float, sums over many rows double, added in an order that depends on nothing but the number of threads.
@@ -335,4 +335,18 @@ void backward_pool(const value *x, const uint8_t *place, const value *dy, value 
                 }
             }
         }
+}
+
+/* uint8 planes (images, 3, pixels) -> channels last (images, pixels, 3) through a table (3, 256) of what each value becomes. */
+void look_up(const uint8_t *in, value *out, long images, long pixels, const value *table, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long image = 0; image < images; image++) {
+        const uint8_t *red = in + 3 * image * pixels, *green = red + pixels, *blue = green + pixels;
+        value *to = out + 3 * image * pixels;
+        for (long i = 0; i < pixels; i++, to += 3) {
+            to[0] = table[red[i]];
+            to[1] = table[256 + green[i]];
+            to[2] = table[512 + blue[i]];
+        }
+    }
 }

@@ -86,7 +86,7 @@ class Teacher:
         if self.table is not None:
             return Logits(self.table.logits(batch))
         if not self.shares_normalisation:
-            images = data_loader.normalise(batch.images, self.mean, self.std)
+            images = self._normalised(batch.images)
         with torch.no_grad(), engine.autocast(images.device, self.precision):
             if self.needs_features:
                 return self.network.forward_features(images)
@@ -100,8 +100,11 @@ class Teacher:
             short = self.call_size - len(chunk)
             padded = torch.cat([chunk, chunk[:1].expand(short, -1, -1, -1)]) if short else chunk
             with engine.autocast(pixels.device, self.precision):
-                logits.append(self.network(data_loader.normalise(padded, self.mean, self.std)).float()[: len(chunk)])
+                logits.append(self.network(self._normalised(padded)).float()[: len(chunk)])
         return torch.cat(logits)
+
+    def _normalised(self, pixels):
+        return data_loader.normalise(pixels, self.mean, self.std, engine.input_dtype(self.precision))
 
 
 def frozen(network, device, dtype):

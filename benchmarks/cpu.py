@@ -150,7 +150,8 @@ class Ours:
 
         for _ in range(count):
             batch = clocked("batch", lambda: next(batches))
-            images = clocked("normalise", lambda batch=batch: data_loader.normalise(batch.images, self.split.mean, self.split.std))
+            images = clocked("normalise", lambda batch=batch: data_loader.normalise(
+                batch.images, self.split.mean, self.split.std, engine.input_dtype(self.precision)))  # fmt: skip
             taught = clocked("teacher", lambda batch=batch, images=images: self.teacher and self.teacher(batch, images))
             outputs = clocked("forward", lambda images=images: forward(images))
             parts = clocked("loss", lambda o=outputs, t=taught, batch=batch: self.method(o, t, batch.labels))

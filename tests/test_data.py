@@ -69,6 +69,9 @@ def test_normalise_is_torchvisions(images):
     transform = torchvision.transforms.Compose([torchvision.transforms.ToTensor(), torchvision.transforms.Normalize(mean, std)])
     theirs = torch.stack([transform(image.permute(1, 2, 0).numpy()) for image in images])
     torch.testing.assert_close(data_loader.normalise(images, mean, std).contiguous(), theirs, rtol=1e-5, atol=1e-6)
+    rounded = data_loader.normalise(images, mean, std, torch.bfloat16)
+    assert torch.equal(rounded, data_loader.normalise(images, mean, std).bfloat16())
+    assert rounded.is_contiguous(memory_format=torch.channels_last)
 
 
 # ------------------------------------------------------------------------------------------ batches

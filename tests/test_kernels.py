@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import data_loader
 import kernels
 import model_factory
 from teacher import frozen
@@ -87,6 +88,19 @@ def test_a_networks_step_agrees(name, precision):
         zip(ours, theirs, strict=True), {"fp32": (1e-5, 2e-2), "bf16": (5e-2, 0.3)}[precision], strict=True
     ):
         assert (mine - other).norm() <= tolerance * other.norm()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_become_the_same_bits(dtype, monkeypatch):
+    pixels = torch.randint(0, 256, (5, 3, 9, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    used = []
+    real = kernels._library
+    monkeypatch.setattr(kernels, "_library", lambda dtype: used.append(dtype) or real(dtype))
+    ours = data_loader.normalise(pixels, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), dtype)
+    assert used, "the fast way was not taken"
+    with kernels.switched_off():
+        assert torch.equal(ours, data_loader.normalise(pixels, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), dtype))
 
 
 @needs_kernels
