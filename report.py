@@ -369,7 +369,7 @@ def rule(document, found):
 def recipe_of(group):
     """The recipe, the epochs, and what was given in the recipe's stead."""
     config = group.config
-    keys = [field.name for field in dataclasses.fields(recipes.Recipe) if field.name in config]
+    keys = [field.name for field in dataclasses.fields(recipes.Recipe) if field.name in config and field.name not in ("epochs", "method_options")]
     given = [key for key in keys if not config["origins"][key].startswith(("recipe", "default", "data set"))]
     values = {key: " ".join(map(str, config[key])) if isinstance(config[key], list) else config[key] for key in given}
     return ", ".join([config["recipe"], str(config["epochs"]), *(f"{key.replace('_', ' ')} {value}" for key, value in values.items())])
