@@ -381,6 +381,7 @@ def leaderboard(document, groups):
     import study
 
     document.heading("Leaderboard")
+    quoted = {}
     for dataset in dict.fromkeys(group.config["dataset"] for group in groups):
         members = [group for group in groups if group.config["dataset"] == dataset]
         top = {}  # the networks in the order of their best rows
@@ -391,6 +392,7 @@ def leaderboard(document, groups):
         for group in members:
             students[group.path[-1]] = rank = students.get(group.path[-1], 0) + 1
             theirs = results.published_for(dataset, group.path, group.method)
+            quoted |= {f"{e['source']}: {e['title']}": 1 for e in results.published() if e["source"] in theirs and e["dataset"] == dataset}
             rows.append([
                 group.path[-1], str(rank) if group.finished else "", study.arrows(group.path[:-1]) or "labels", group.method or "", settings_of(group),
                 recipe_of(group), seeds_of(group), percent(group.mean("best"), group.deviation("best")),
@@ -401,6 +403,8 @@ def leaderboard(document, groups):
             ["network", "rank", "learned from", "method", "settings", "recipe, epochs", "seeds", "best, %", "last, %", "published"],
             rows,
         )
+    if quoted:
+        document.text("Published, of the same data set, path and method, but each with its own recipe:", "; ".join(sorted(quoted)) + ".")
 
 
 def cost_section(document, runs, price):

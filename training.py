@@ -102,7 +102,7 @@ class Session:
                 f"{len(self.train.classes)}; give a teacher trained on {settings['dataset']}"
             )
         self.teacher_about = about
-        needs_features = losses.find(settings["method"]).needs_features
+        needs_features = getattr(losses.find(settings["method"]), "needs_features", True)
         self.teacher = Teacher(network, about["mean"], about["std"], self.train, self.device, self.precision, needs_features)
         comparable = about.get("dataset", settings["dataset"]) == settings["dataset"]
         recorded = about.get("test_accuracy_percent") if comparable else None
