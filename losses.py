@@ -92,13 +92,18 @@ def similarity_distance(student, teacher):
 
 def relations(vectors):
     """Of vectors (B, D), as in Park et al. 2019, eqs. 6 and 9: their distances (B, B) over the mean distance, and the cosines (B, B, B)
-    of the angles that pairs of them make, seen from a third."""
-    differences = vectors.float()[None] - vectors.float()[:, None]  # (B, B, D)
-    distances = differences.norm(dim=2)
-    apart = distances > 0
-    units = differences / torch.where(apart, distances, 1.0)[..., None]  # a vector seen from itself stays 0
+    of the angles that pairs of them make, seen from a third: [i, j, k] is the one at i."""
+    vectors = vectors.float() - vectors.float().mean(0)  # about their middle, so that products keep their digits
+    products = vectors @ vectors.T
+    own = products.diagonal()
+    seen = products - products[:, :, None] - products[:, None, :] + own[:, None, None]  # (v_j - v_i) . (v_k - v_i)
+    squares = seen.diagonal(dim1=1, dim2=2)
+    apart = squares > 1e-6 * (own[:, None] + own)  # else rounding, whose root has no gradient worth having
+    distances = torch.where(apart, squares, 1.0).sqrt()
+    angles = seen / (distances[:, :, None] * distances[:, None, :]) * (apart[:, :, None] & apart[:, None, :])
+    distances = distances * apart
     mean = distances.sum() / apart.sum().clamp_min(1)
-    return distances / mean.clamp_min(1e-12), units @ units.transpose(1, 2)
+    return distances / mean.clamp_min(1e-12), angles
 
 
 def probability_distance(student, teacher):

@@ -193,7 +193,7 @@ def study_section(document, found, only):
     document.heading("All paths", 3)
     sources = [s for s in dict.fromkeys(e["source"] for e in results.published()) if any(s in published[p] for p in published)]
     ranked = sorted(found.ends, key=lambda path: -(found.mean(path) or -1))
-    rows = [path_row(found, path, published, sources) for path in [*ranked, (found.student,), (found.teacher,)]]
+    rows = [path_row(found, path, published, sources) for path in dict.fromkeys([*ranked, (found.student,), (found.teacher,)])]
     document.table(["path", "settings", "seeds", "best epoch, %", "last epoch, %", *sources], rows, mark=0 if best else None)
     comparison(document, found)
     if any(found.mean(path) is not None for path in found.ends):
