@@ -58,6 +58,18 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+class Show(argparse.Action):
+    """A flag that prints what `text()` gives, and ends."""
+
+    def __init__(self, option_strings, dest, text, **options):
+        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **options)
+        self.text = text
+
+    def __call__(self, parser, *_):
+        print(self.text())
+        parser.exit()
+
+
 @contextlib.contextmanager
 def requirements(program):
     """For a command's imports: a package that is not installed is one line, not a traceback."""
@@ -114,6 +126,29 @@ def number(kind, minimum=None, maximum=None, above=None, below=None):
         if not fits:
             raise argparse.ArgumentTypeError(f"{text} is not {what}")
         return value
+
+    return convert
+
+
+def method_option(option):
+    """A type for a value of a names.Option: of its default's kind, and within its bounds."""
+    kind, words = type(option.default), option.bounds.split()
+    if kind is bool:
+        return _one_of({"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}, "yes or no")
+    if kind is str:
+        return _one_of({word: word for word in words if word != "or"}, option.bounds) if words else str
+    if words[1:2] == ["to"]:
+        return number(kind, minimum=float(words[0]), maximum=float(words[2]))
+    if words[:1] == ["above"]:
+        return number(kind, above=float(words[1]))
+    return number(kind, minimum=kind(words[-1]) if words else 0)
+
+
+def _one_of(values, allowed):
+    def convert(text):
+        if text.lower() not in values:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {allowed}")
+        return values[text.lower()]
 
     return convert
 

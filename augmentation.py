@@ -2,7 +2,8 @@
 
 `none` has one view. `crop-flip` (zero padding of 4 pixels, a random crop back, a mirror with probability 1/2: He et al. 2016)
 has 9 x 9 x 2 = 162: view = (row * 9 + column) * 2 + mirrored, row and column in 0..8, 4 and 4 being the middle. Because views
-are numbers, a teacher's logits are a table over (image, view), and any epoch's pixels can be rebuilt alone.
+are numbers, a teacher's logits are a table over (image, view), and any epoch's pixels can be rebuilt alone. `crop-flip-reflect` is the
+same with the image mirrored at its borders in place of zeros.
 """
 
 import torch
@@ -12,7 +13,8 @@ from names import VIEWS as VIEWS
 
 PADDING = 4
 OFFSETS = 2 * PADDING + 1
-UNCHANGED = {"none": 0, "crop-flip": (PADDING * OFFSETS + PADDING) * 2}  # the view that is the image itself
+MIDDLE = (PADDING * OFFSETS + PADDING) * 2
+UNCHANGED = {"none": 0, "crop-flip": MIDDLE, "crop-flip-reflect": MIDDLE}  # the view that is the image itself
 
 
 def apply(augment, images, views):
@@ -24,10 +26,21 @@ def apply(augment, images, views):
     if augment == "none":
         return images
     height, width = images.shape[2:]
-    padded = F.pad(images, (PADDING,) * 4)
+    padded = _reflected(images) if augment == "crop-flip-reflect" else F.pad(images, (PADDING,) * 4)
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 9, 9, H, W), a view without a copy
     place = views // 2
     batch = torch.arange(len(images), device=images.device)
     cropped = windows[batch, :, place // OFFSETS, place % OFFSETS]  # (B, 3, H, W)
     mirrored = (views % 2).bool()[:, None, None, None]
     return torch.where(mirrored, cropped.flip(3), cropped)
+
+
+def _reflected(images):
+    """Padded by mirroring, the border's own pixels not repeated. PyTorch's reflection does not know uint8."""
+
+    def places(length):
+        steps = torch.arange(-PADDING, length + PADDING, device=images.device).abs()
+        return torch.where(steps < length, steps, 2 * (length - 1) - steps)
+
+    height, width = map(places, images.shape[2:])
+    return images[:, :, height][..., width]

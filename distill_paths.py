@@ -79,7 +79,7 @@ def read_arguments(argv):
     common = {key: value for key, value in vars(trainer.parse_args(passed_on)).items() if value is not None}
     try:
         if mine := [key for key in study.OWNED if key in common]:
-            hint = {"seed": "use --seeds", "run_dir": "use --runs"}.get(mine[0], "use --sizes, --family and --paths")
+            hint = {"seed": "use --seeds", "repeat": "use --seeds", "run_dir": "use --runs"}.get(mine[0], "use --sizes, --family and --paths")
             raise UserError(f"--{mine[0].replace('_', '-')} is the plan's to give; {hint}")
         if args.sizes and args.family:
             raise UserError("--sizes and --family both name the sizes; give one of them")

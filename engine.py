@@ -74,18 +74,20 @@ def input_dtype(precision):
 def train_epoch(student, method, teacher, optimizer, split, batches, sums, precision, after_step=lambda: False):
     """Train `student` on `batches`, adding to `sums`; ends early where `after_step()` is true.
 
-    `teacher(batch, images)` gives the teacher's outputs; None for ordinary training. Nothing here waits for the device until
+    `teacher(batch, images)` gives the teacher's outputs; None for ordinary training. A method that says `needs_index` is told which
+    rows of the split a batch holds. Nothing here waits for the device until
     the last step is done.
     """
     student.train()
     device = split.images.device
+    indexed = getattr(method, "needs_index", False)
     started = time.perf_counter()
     for batch in batches:
         images = data_loader.normalise(batch.images, split.mean, split.std, input_dtype(precision))
         taught = teacher and teacher(batch, images)
         with autocast(device, precision):
             outputs = student.forward_features(images)
-        parts = method(outputs, taught, batch.labels)
+        parts = method(outputs, taught, batch.labels, **({"index": batch.index} if indexed else {}))
         loss = parts["loss"] * batch.part.weight if batch.part else parts["loss"]
         loss.backward()
         optimizer.step()

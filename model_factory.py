@@ -134,6 +134,18 @@ def create_network(name, classes, image_size=32):
     return PlaneCNN(planes[int(name.removeprefix("plane"))], classes, image_size)
 
 
+def kaiming_xavier(network):
+    """He et al. 2015 (fan out) for convolutions and Glorot and Bengio 2010 (uniform) for linear layers' weights, in place."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+
+
+INITIALISATIONS = {"kaiming-xavier": kaiming_xavier}  # besides the networks' own
+
+
 def count_parameters(network):
     """Trainable values in a network."""
     return sum(parameter.numel() for parameter in network.parameters())

@@ -6,6 +6,7 @@ The networks themselves are in model_factory.py, the images in data_loader.py, t
 
 import ast
 import difflib
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ def network(name):
     spelled = re.sub(r"^(plain|cnn)(?=\d)", "plane", spelled)
     if spelled in NETWORKS:
         return spelled
-    raise UserError(f"unknown network '{name}'{_nearest(spelled, NETWORKS)}; networks: {' '.join(NETWORKS)}")
+    raise UserError(f"unknown network '{name}'{nearest(spelled, NETWORKS)}; networks: {' '.join(NETWORKS)}")
 
 
 def family(network_name):
@@ -81,40 +82,120 @@ def dataset(name):
     spelled = re.sub(r"[\s_-]", "", str(name).lower())
     if spelled in DATASETS:
         return spelled
-    raise UserError(f"unknown data set '{name}'{_nearest(spelled, DATASETS)}; data sets: {' '.join(DATASETS)}")
+    raise UserError(f"unknown data set '{name}'{nearest(spelled, DATASETS)}; data sets: {' '.join(DATASETS)}")
 
 
-VIEWS = {"none": 1, "crop-flip": 9 * 9 * 2}  # ways that an augmentation shows one image: see augmentation.py
+VIEWS = {"none": 1, "crop-flip": 9 * 9 * 2, "crop-flip-reflect": 9 * 9 * 2}  # ways that an augmentation shows one image: see augmentation.py
 
 
 # -------------------------------------------------------------------------------------------------- methods
-def methods(source=HERE / "losses.py"):
-    """{method name: {option: default}}, read from the constructors in losses.py without importing it (or torch).
+@dataclass(frozen=True)
+class Option:
+    """One option of a method, as its constructor and its docstring declare it."""
 
-    The constructors' keyword arguments are the only declaration of a method's options; this reads them there.
-    """
-    tree = ast.parse(Path(source).read_text(encoding="utf-8"))
-    options = {}
-    table = {}
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef):
-            init = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
-            keywords = zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True) if init else ()
-            options[node.name] = {word.arg.rstrip("_"): ast.literal_eval(default) for word, default in keywords}
-        elif isinstance(node, ast.Assign) and node.targets[0].id == "METHODS":
-            table = {key.value: value.id for key, value in zip(node.value.keys, node.value.values, strict=True)}
-    return {name: options[cls] for name, cls in table.items()}
+    default: object  # its type is the option's
+    bounds: str  # such as "above 0", "0 to 1", "at least 1", "batchmean or mean"; empty: numbers from 0
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is known of a method before torch is imported."""
+
+    summary: str  # the first line of its docstring
+    options: dict  # {name: Option}
+    one_process: bool  # whether processes cannot share a batch, as its loss is no mean over images
+
+
+@functools.cache
+def methods():
+    """{method name: Method}, read from losses.py: the classes there are the only declaration of methods and their options."""
+    tree = _parsed(HERE / "losses.py")
+    table = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "METHODS")
+    classes = _classes(tree)
+    return {key.value: _declared(classes[value.id]) for key, value in zip(table.keys, table.values, strict=True)}
 
 
 def method(name):
-    """The method's own spelling, or a UserError with the nearest name and the whole list."""
-    known = methods()
-    if name.lower() in known:
+    """The method's own spelling: a name in any case, or `file.py:Class` of a user's own. What is wrong with it is a UserError."""
+    if ":" in name:
+        method_of(name)
+        return name
+    if name.lower() in methods():
         return name.lower()
-    raise UserError(f"unknown method '{name}'{_nearest(name.lower(), known)}; methods: {' '.join(known)}")
+    raise UserError(f"unknown method '{name}'{nearest(name.lower(), methods())}; methods: {' '.join(methods())}, or my_file.py:MyClass")
 
 
-def _nearest(word, known):
+def method_of(name):
+    """The Method of a name as `method` spells it."""
+    if ":" not in name:
+        return methods()[name]
+    path, _, spelled = name.rpartition(":")
+    classes = _classes(_parsed(path))
+    if spelled not in classes:
+        raise UserError(f"{path} has no class '{spelled}'{nearest(spelled, classes)}; classes there: {' '.join(classes) or 'none'}")
+    try:
+        return _declared(classes[spelled])
+    except ValueError as error:
+        raise UserError(f"--method {name}: {error}") from None
+
+
+def help_methods():
+    """Every method with its options, their defaults and their meaning, as --help-methods prints them."""
+    lines = []
+    for name, about in methods().items():
+        lines.append(f"{name:<7} {about.summary}")
+        for key, option in about.options.items():
+            bounds = f" ({option.bounds})" if option.bounds else ""
+            lines.append(f"          {key:<12} {str(option.default):<10} {option.meaning}{bounds}")
+    return "\n".join(lines)
+
+
+def _parsed(path):
+    try:
+        return ast.parse(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"method file {path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}") from None
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"method file {path} is not Python: {error}") from None
+
+
+def _classes(tree):
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _declared(node):
+    """The Method that a class declares. Raises ValueError where it is none."""
+    doc = ast.get_docstring(node) or ""
+    meanings = {found[1]: (found[2] or "", found[3]) for found in re.finditer(r"^(\w+)(?: \((.+?)\))?: (.+)$", doc, re.MULTILINE)}
+    init = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
+    options, said = {}, _said(node)
+    if init:
+        if odd := [word.arg for word in init.args.args[1:] if word.arg not in ("student", "teacher", "labels")]:
+            raise ValueError(f"its constructor asks for {odd[0]}; options stand behind a *, before it only student, teacher and labels")
+        for word, default in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True):
+            key = word.arg.rstrip("_")
+            try:
+                value = ast.literal_eval(default)
+            except (ValueError, TypeError):
+                value = None
+            if not isinstance(value, bool | int | float | str):
+                raise ValueError(f"its option {key} needs a default that is a number, a word, True or False")
+            options[key] = Option(value, *meanings.get(key, ("", "")))
+    return Method(doc.partition("\n")[0], options, bool({"needs_index", "one_process"} & said))
+
+
+def _said(node):
+    """Names that a class body sets to True."""
+    found = set()
+    for line in node.body:
+        if isinstance(line, ast.Assign):
+            keys, values = ([part.elts if isinstance(part, ast.Tuple) else [part]][0] for part in (line.targets[0], line.value))
+            found |= {key.id for key, value in zip(keys, values, strict=False) if isinstance(value, ast.Constant) and value.value is True}
+    return found
+
+
+def nearest(word, known):
     """The likeliest of the known words; of several equally like, the one that begins like it: resnet21 means resnet20, not 32."""
 
     def likeness(name):

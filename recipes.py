@@ -2,10 +2,12 @@
 
 `paper` is Mirzadeh et al. (AAAI 2020) with what its text leaves out settled by measurement (docs/recipes.md);
 `released-code` is what the authors' published program really does, faults included, to reproduce other people's runs of it.
+`repdistiller` is the setting of Tian et al. (ICLR 2020) and of most tables since; `cifar200` the 200 epochs of hankyul2's
+KnowledgeDistillation, which compares methods between networks of one size.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import names
 
@@ -21,11 +23,15 @@ class Recipe:
     augment: str
     learning_rate_decay: float = 0.1
     momentum: float = 0.9
-    kd_reduction: str = "batchmean"
+    epochs: int = 160
+    batch_size: int = 128
     precision: str = "auto"  # bf16 where the hardware has it
+    initialisation: str | None = None  # model_factory.INITIALISATIONS; None: the network's own
     round_down: bool = False  # where a milestone falls between two epochs
+    method_options: dict = field(default_factory=dict)  # {method: {option: value}} that differ from the method's own
 
 
+RELEASED = {"kd": {"reduction": "mean"}}  # KLDivLoss() divides by the classes
 RECIPES = {
     "paper": {
         # 0.1, 0.01 and 0.001, falling at 80 and 120 of 160 epochs; pad 4, crop and flip as in He et al. 2016.
@@ -34,11 +40,22 @@ RECIPES = {
         "plane": Recipe(0.01, (1 / 2, 3 / 4), 1e-4, nesterov=True, augment="none"),
     },
     "released-code": {
-        # `epoch < int(epoch / 2.0)` is never true there, so its 0.1 is never used; KLDivLoss() divides by the classes.
-        "resnet": Recipe(0.01, (3 / 4,), 1e-4, nesterov=False, augment="none", kd_reduction="mean", precision="fp32", round_down=True),
-        "plane": Recipe(0.01, (), 1e-4, nesterov=False, augment="none", kd_reduction="mean", precision="fp32", round_down=True),
+        # `epoch < int(epoch / 2.0)` is never true there, so its 0.1 is never used.
+        "resnet": Recipe(0.01, (3 / 4,), 1e-4, nesterov=False, augment="none", precision="fp32", round_down=True, method_options=RELEASED),
+        "plane": Recipe(0.01, (), 1e-4, nesterov=False, augment="none", precision="fp32", round_down=True, method_options=RELEASED),
     },
-}
+    # Falling at 150, 180 and 210 of 240; losses are .1 CE + .9 KD, or CE and a feature method's own weight.
+    "repdistiller": dict.fromkeys(
+        ("resnet", "plane"),
+        Recipe(0.05, (5 / 8, 3 / 4, 7 / 8), 5e-4, nesterov=False, augment="crop-flip", epochs=240, batch_size=64,
+               method_options={"kd": {"lambda": 0.9}}),
+    ),
+    # Falling at 100 and 150 of 200.
+    "cifar200": dict.fromkeys(
+        ("resnet", "plane"),
+        Recipe(0.1, (1 / 2, 3 / 4), 1e-4, nesterov=False, augment="crop-flip-reflect", epochs=200, initialisation="kaiming-xavier"),
+    ),
+}  # fmt: skip
 
 
 def recipe(name, network):

@@ -193,7 +193,7 @@ def study_section(document, found, only):
     document.heading("All paths", 3)
     sources = [s for s in dict.fromkeys(e["source"] for e in results.published()) if any(s in published[p] for p in published)]
     ranked = sorted(found.ends, key=lambda path: -(found.mean(path) or -1))
-    rows = [path_row(found, path, published, sources) for path in [*ranked, (found.student,), (found.teacher,)]]
+    rows = [path_row(found, path, published, sources) for path in dict.fromkeys([*ranked, (found.student,), (found.teacher,)])]
     document.table(["path", "settings", "seeds", "best epoch, %", "last epoch, %", *sources], rows, mark=0 if best else None)
     comparison(document, found)
     if any(found.mean(path) is not None for path in found.ends):
@@ -369,7 +369,7 @@ def rule(document, found):
 def recipe_of(group):
     """The recipe, the epochs, and what was given in the recipe's stead."""
     config = group.config
-    keys = [field.name for field in dataclasses.fields(recipes.Recipe) if field.name in config]
+    keys = [field.name for field in dataclasses.fields(recipes.Recipe) if field.name in config and field.name not in ("epochs", "method_options")]
     given = [key for key in keys if not config["origins"][key].startswith(("recipe", "default", "data set"))]
     values = {key: " ".join(map(str, config[key])) if isinstance(config[key], list) else config[key] for key in given}
     return ", ".join([config["recipe"], str(config["epochs"]), *(f"{key.replace('_', ' ')} {value}" for key, value in values.items())])
@@ -381,6 +381,7 @@ def leaderboard(document, groups):
     import study
 
     document.heading("Leaderboard")
+    quoted = {}
     for dataset in dict.fromkeys(group.config["dataset"] for group in groups):
         members = [group for group in groups if group.config["dataset"] == dataset]
         top = {}  # the networks in the order of their best rows
@@ -391,6 +392,7 @@ def leaderboard(document, groups):
         for group in members:
             students[group.path[-1]] = rank = students.get(group.path[-1], 0) + 1
             theirs = results.published_for(dataset, group.path, group.method)
+            quoted |= {f"{e['source']}: {e['title']}": 1 for e in results.published() if e["source"] in theirs and e["dataset"] == dataset}
             rows.append([
                 group.path[-1], str(rank) if group.finished else "", study.arrows(group.path[:-1]) or "labels", group.method or "", settings_of(group),
                 recipe_of(group), seeds_of(group), percent(group.mean("best"), group.deviation("best")),
@@ -401,6 +403,8 @@ def leaderboard(document, groups):
             ["network", "rank", "learned from", "method", "settings", "recipe, epochs", "seeds", "best, %", "last, %", "published"],
             rows,
         )
+    if quoted:
+        document.text("Published, of the same data set, path and method, but each with its own recipe:", "; ".join(sorted(quoted)) + ".")
 
 
 def cost_section(document, runs, price):

@@ -5,6 +5,8 @@ Standard library only: the commands that plan trainings (distill_paths.py) read 
 
 import argparse
 import dataclasses
+import hashlib
+from pathlib import Path
 
 import arguments
 import launcher
@@ -16,7 +18,8 @@ from names import UserError
 
 # Settings that change where or how fast a run is made, not what comes out of it: a run may continue under other ones.
 INCIDENTAL = ("cuda", "dataset_dir", "download", "run_dir", "save_minutes", "teacher_cache", "teacher_checkpoint", "json")
-NEED_TEACHER = ("teacher_checkpoint", "method", "temperature", "lambda", "teacher_cache")
+NEED_TEACHER = ("teacher_checkpoint", "method", "method_option", "temperature", "lambda", "teacher_cache")
+OF_METHODS = ("temperature", "lambda")  # flags of their own for options that a method may have
 DEFAULT_SEED = 1
 
 
@@ -36,19 +39,24 @@ def build_parser(description=""):
     group.add_argument("--no-download", dest="download", action="store_const", const=False, help="never touch the network")
     parser.flag(group, "--validation-split", type=number(float, minimum=0), default=0.0, metavar="SHARE",
                 help="hold out this share (or number) of the training images and select the best epoch on them, not on the test set")
-    parser.flag(group, "--augment", choices=("auto", "none", "crop-flip"), default="auto", help="auto takes the recipe's")
+    parser.flag(group, "--augment", choices=("auto", *names.VIEWS), default="auto", help="auto takes the recipe's")
     group = parser.add_argument_group("distillation")
-    parser.flag(group, "--method", type=arguments.method, default="kd", metavar="NAME", help=" ".join(names.methods()))
+    parser.flag(group, "--method", type=arguments.method, default="kd", metavar="NAME",
+                help=f"{' '.join(names.methods())}, or a class of your own: my_file.py:MyClass")
+    parser.flag(group, "--method-option", nargs="+", action="extend", metavar="KEY=VALUE", help="options of the method")
     parser.flag(group, "--temperature", type=number(float, above=0), metavar="T",
-                help=f"of eq. 2 (default: {names.methods()['kd']['temperature']:g})")
+                help=f"the method's option (default of kd: {names.methods()['kd'].options['temperature'].default:g})")
     parser.flag(group, "--lambda", dest="lambda", type=number(float, minimum=0, maximum=1), metavar="L",
-                help=f"share of the teacher's term in eq. 3 (default: {names.methods()['kd']['lambda']:g})")
+                help="the method's option: share of the teacher's term in eq. 3 "
+                f"(default of kd: {names.methods()['kd'].options['lambda'].default:g})")
+    group.add_argument("--help-methods", action=arguments.Show, text=names.help_methods, help="list the methods and their options")
     parser.flag(group, "--teacher-cache", choices=("auto", "live", "lazy", "full"), default="auto",
                 help="the teacher's logits: asked each time, or a table filled as batches ask, or filled at once")
     group = parser.add_argument_group("optimisation (what is not given comes from the recipe)")
-    parser.flag(group, "--recipe", choices=tuple(recipes.RECIPES), default="paper", help="paper, or the released code's faults and all")
-    parser.flag(group, "--epochs", type=number(int, minimum=1), default=160, metavar="N", help="passes over the training images")
-    parser.flag(group, "--batch-size", type=number(int, minimum=1), default=128, metavar="N", help="images a step, over all GPUs")
+    parser.flag(group, "--recipe", choices=tuple(recipes.RECIPES), default="paper",
+                help="see docs/recipes.md; released-code is that code's faults and all")
+    parser.flag(group, "--epochs", type=number(int, minimum=1), metavar="N", help="passes over the training images (paper: 160)")
+    parser.flag(group, "--batch-size", type=number(int, minimum=1), metavar="N", help="images a step, over all GPUs (paper: 128)")
     parser.flag(group, "--learning-rate", type=number(float, above=0), metavar="RATE", help="of the first epoch")
     parser.flag(group, "--milestones", type=number(int, minimum=0), nargs="*", metavar="EPOCH", help="epochs at which the rate falls")
     parser.flag(group, "--learning-rate-decay", type=number(float, above=0), metavar="F", help="factor at each milestone")
@@ -58,6 +66,8 @@ def build_parser(description=""):
     parser.flag(group, "--weight-decay", type=number(float, minimum=0), metavar="W", help="of SGD")
     parser.flag(group, "--seed", type=number(int, minimum=0, maximum=2**63 - 1), default=DEFAULT_SEED, metavar="N",
                 help="of weights, order and views")
+    parser.flag(group, "--repeat", type=number(int, minimum=1), metavar="N",
+                help="N runs with seeds from --seed on and one teacher, each in a folder of its own; their mean at the end")
     group = parser.add_argument_group("machine")
     parser.flag(group, "--cuda", type=arguments.cuda, metavar="N", help="GPUs: 1 or yes, 0 or no, or a number, a process each "
                 "(without the flag: a GPU if there is one); under torchrun: 0, or a GPU for each of its processes")
@@ -107,8 +117,11 @@ def training_device(given):
     if place.size > 1 and device == "cuda":
         arguments.device_name(place.local_size)
     processes = place.size if place.size > 1 else wanted or 1
-    if given["batch_size"] < processes:
-        raise UserError(f"--batch-size {given['batch_size']}: {processes} processes share a batch, and each needs an image of it")
+    batch_size = given.get("batch_size", recipes.recipe(given["recipe"], given["student"]).batch_size)
+    if batch_size < processes:
+        raise UserError(f"--batch-size {batch_size}: {processes} processes share a batch, and each needs an image of it")
+    if processes > 1 and "teacher" in given and names.method_of(given["method"]).one_process:
+        raise UserError(f"--method {given['method']} compares images with each other, which {processes} processes do not share; use one GPU")
     return device
 
 
@@ -126,10 +139,40 @@ def check_combinations(given, origins):
     """Flags that would have no effect are refused, so that nobody believes they had one."""
     if "teacher" not in given:
         for key in NEED_TEACHER:
-            if key in given and origins[key] != "tuner":
+            if key in given and origins[key] != "tuner" and (key, given[key]) != ("method", "base"):
                 raise UserError(f"--{key.replace('_', '-')} needs --teacher")
+    else:
+        method_options(given)
+    if "repeat" in given and "trial" in given:
+        raise UserError("--repeat is not for a tuner's trials: each is one run; let the search space choose seeds")
+    if given.get("seed", DEFAULT_SEED) + given.get("repeat", 1) > 2**63:
+        raise UserError(f"--repeat {given['repeat']}: seeds end at {2**63 - 1}")
     if given.get("nesterov") and given.get("momentum") == 0:
         raise UserError("--nesterov needs a --momentum above 0")
+
+
+def method_options(given):
+    """{option: value} that was given for the method, by --method-option and by flags of their own, checked."""
+    name = given.get("method", "kd")
+    known = names.method_of(name).options
+    words = [(f"--{key}", key, str(given[key])) for key in OF_METHODS if key in given]
+    for word in given.get("method_option", ()):
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"--method-option {word}: write key=value; options of {name}: {' '.join(known) or 'none'}")
+        words.append((f"--method-option {word}", key.strip().replace("-", "_"), value.strip()))
+    chosen = {}
+    for spelled, key, value in words:
+        if key not in known:
+            listed = f"{names.nearest(key, known)}; options of {name}: {' '.join(known)}" if known else ", nor any other"
+            raise UserError(f"{spelled}: method {name} has no option '{key}'{listed}")
+        if key in chosen:
+            raise UserError(f"{spelled}: {key} is given twice")
+        try:
+            chosen[key] = arguments.method_option(known[key])(value)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"{spelled}: {error}") from None
+    return chosen
 
 
 def resolve(given, origins):
@@ -139,27 +182,34 @@ def resolve(given, origins):
     from_recipe = dataclasses.asdict(recipe)
     if settings.get("momentum") == 0:
         from_recipe["nesterov"] = False
-    from_recipe["milestones"] = recipes.milestone_epochs(recipe, given["epochs"])
+    from_recipe["milestones"] = recipes.milestone_epochs(recipe, given.get("epochs", recipe.epochs))
     for key in ("augment", "precision"):
         if settings[key] == "auto":
             del settings[key]
     for key, value in from_recipe.items():
-        if key not in settings and key not in ("kd_reduction", "round_down"):
+        if key not in settings and key not in ("method_options", "round_down") and value is not None:
             settings[key], origins[key] = value, f"recipe {given['recipe']}"
     if origins["augment"].startswith("recipe") and not names.DATASETS[given["dataset"]].flips:
         settings["augment"], origins["augment"] = "none", f"data set {given['dataset']}"
     if "teacher" in settings:
-        options = names.methods()[settings["method"]]
-        for key in ("temperature", "lambda"):
-            origins[key] = origins.get(key, f"default of {settings['method']}")
-            options[key] = settings[key] = settings.get(key, options[key])
-        options["reduction"] = recipe.kd_reduction
-        settings["method_options"], origins["method_options"] = options, "resolved"
+        name, chosen = settings["method"], method_options(settings)
+        own = {key: option.default for key, option in names.method_of(name).options.items()}
+        settings["method_options"] = options = own | recipe.method_options.get(name, {}) | chosen
+        for key in OF_METHODS:
+            if key in options:
+                by_recipe = f"recipe {given['recipe']}" if key in recipe.method_options.get(name, {}) else f"default of {name}"
+                settings[key] = options[key]
+                origins[key] = origins.get(key, origins.get("method_option") if key in chosen else by_recipe)
+        settings.pop("method_option", None), origins.pop("method_option", None)
+        origins["method_options"] = "resolved"
+        if ":" in name:  # another file is another run
+            content = Path(name.rpartition(":")[0]).read_bytes()
+            settings["method_file"], origins["method_file"] = hashlib.blake2b(content, digest_size=8).hexdigest(), "its content"
     else:
-        if unused := [key for key in ("temperature", "lambda") if key in settings]:  # a tuner's: a user's were refused
+        if unused := [key for key in OF_METHODS if key in settings]:  # a tuner's: a user's were refused
             settings["without_effect"] = {key: settings[key] for key in unused}
             origins["without_effect"] = "tuner, but no --teacher"
-        for key in ("method", "temperature", "lambda", "teacher_cache"):
+        for key in ("method", "method_option", *OF_METHODS, "teacher_cache"):
             settings.pop(key, None), origins.pop(key, None)
     return settings, origins
 

@@ -23,7 +23,7 @@ FAMILIES = {
     "plane": ("plane10", "plane8", "plane6", "plane4", "plane2"),
     "resnet": ("resnet110", "resnet56", "resnet32", "resnet20", "resnet8"),
 }
-OWNED = ("student", "teacher", "teacher_checkpoint", "seed", "run_dir", "json")  # settings that the plan gives
+OWNED = ("student", "teacher", "teacher_checkpoint", "seed", "repeat", "run_dir", "json")  # settings that the plan gives
 STUDY_FILE = "study.json"  # what was planned in a folder: the report tells from it what is still to come
 
 

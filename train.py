@@ -7,13 +7,14 @@
   torchrun --nproc-per-node 2 train.py --student resnet20                       as --cuda 2: two GPUs share each batch
 
 Without --teacher-checkpoint the teacher is trained first, with its own recipe, and its run kept. The same command again continues
-an interrupted run, or says that it is finished. Everything lands in --run-dir: see runlog.py.
+an interrupted run, or says that it is finished. Everything lands in --run-dir: see runlog.py. --help-methods lists the methods.
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import statistics
 import sys
 from pathlib import Path
 
@@ -38,10 +39,11 @@ def teacher_settings(given, origins):
 
 
 # ---------------------------------------------------------------------------------------------------- a run
-def run(given, origins, device, console, signals, wait=False, world=None):
+def run(given, origins, device, console, signals, wait=False, world=None, whole=None):
     """One training, begun or continued, with its teacher's before it where that is needed. Returns its summary (a dict).
 
-    In a group of processes (`world`, a parallel.World) all call this and get the same summary.
+    In a group of processes (`world`, a parallel.World) all call this and get the same summary. Where it is one of several runs,
+    `whole` is what all were given: the teacher that they share is made of that.
 
     Raises UserError for what the user can mend, engine.Diverged where the loss is no longer finite, checkpoint.Stopped on a signal.
     """
@@ -58,8 +60,9 @@ def run(given, origins, device, console, signals, wait=False, world=None):
     if "teacher" in settings and "teacher_checkpoint" not in settings:
         if "run_dir" in settings:  # refused now, not after a teacher was trained for it
             runlog.RunDirectory(run_path(settings, {})).check(identity_of(settings))
+        training.check_method(settings)
         console.say(f"The teacher {settings['teacher']} first:")
-        made = run(*teacher_settings(given, origins), device, console, signals, wait=True, world=world)
+        made = run(*teacher_settings(whole or given, origins), device, console, signals, wait=True, world=world)
         settings["teacher_checkpoint"], origins["teacher_checkpoint"] = made["checkpoint"], "its own run"
         console.say(f"Now the student {settings['student']}:")
     identity = identity_of(settings)
@@ -80,6 +83,29 @@ def run(given, origins, device, console, signals, wait=False, world=None):
         if summary is not None:
             return summary
         return training.fit(session, directory, recorded, origins, identity, signals)
+
+
+def repetitions(given):
+    """What each run of --repeat is given: a seed and, inside --run-dir, a folder of its own. Without it: what was given, once."""
+    if "repeat" not in given:
+        return [given]
+    common = {key: value for key, value in given.items() if key != "repeat"}
+    folders = Path(given.get("run_dir", ""))
+    return [
+        common | {"seed": seed} | ({"run_dir": str(folders / f"seed{seed}")} if "run_dir" in given else {})
+        for seed in range(given["seed"], given["seed"] + given["repeat"])
+    ]
+
+
+def agreement(summaries):
+    """One line on several runs: their mean and deviation."""
+    said = []
+    for which in ("best", "last"):
+        values = [summary[which]["test_accuracy_percent"] for summary in summaries]
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        said.append(f"{statistics.fmean(values):.2f}{spread} % at the {which} epoch")
+    seeds = " ".join(str(summary["seed"]) for summary in summaries)
+    return f"repeated  {len(summaries)} run{'s' * (len(summaries) > 1)}, seeds {seeds}: test {', '.join(said)}"
 
 
 def run_path(settings, identity):
@@ -115,7 +141,7 @@ def main(argv=None):
     console = runlog.Console(stream if world.first else open(os.devnull, "w"))
     try:
         with checkpoint.StopSignals() as signals:
-            summary = run(given, origins, device, console, signals, world=world)
+            summaries = [run(each, origins, device, console, signals, world=world, whole=given) for each in repetitions(given)]
     except checkpoint.Stopped as stop:
         world.end(stop.code)
     except UserError as error:
@@ -128,9 +154,12 @@ def main(argv=None):
         world.end(launcher.LOST)  # the process that failed says why
     world.leave()
     if "trial" in given and world.first:
-        tuner.report_final(summary["best"]["accuracy_percent"])
+        tuner.report_final(summaries[0]["best"]["accuracy_percent"])
+    if "repeat" in given:
+        console.say(agreement(summaries))
     if given.get("json") and world.first:
-        print(json.dumps(summary), file=stdout)
+        for summary in summaries:
+            print(json.dumps(summary), file=stdout)
 
 
 def failed(world, error, status):

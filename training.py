@@ -17,6 +17,7 @@ import engine
 import kernels
 import losses
 import model_factory
+import names
 import parallel
 import recipes
 import runlog
@@ -54,13 +55,17 @@ class Session:
             self.precision = (recorded or {}).get("environment", {}).get("precision", chosen)
         self._load_data()
         self.teacher, self.teacher_about = None, {}
-        self.method = losses.CrossEntropy()
         if "teacher" in settings:
-            self.method = losses.METHODS[settings["method"]](**_keywords(settings["method_options"]))
             self._load_teacher()
         torch.manual_seed(settings["seed"])
         self.student = model_factory.create_network(settings["student"], len(self.train.classes))
+        if "initialisation" in settings:
+            model_factory.INITIALISATIONS[settings["initialisation"]](self.student)
         self.student.to(self.device, memory_format=torch.channels_last)
+        self.method = losses.CrossEntropy()
+        if self.teacher:  # after the student, whose first weights are then the same whatever the method
+            networks = self.student, self.teacher.exact
+            self.method = build_method(settings, *networks, self.train.labels, self.train.images[:2], self.train.mean, self.train.std)
         self.method.to(self.device)
         self.optimizer = torch.optim.SGD(
             [*self.student.parameters(), *self.method.parameters()],
@@ -97,7 +102,8 @@ class Session:
                 f"{len(self.train.classes)}; give a teacher trained on {settings['dataset']}"
             )
         self.teacher_about = about
-        self.teacher = Teacher(network, about["mean"], about["std"], self.train, self.device, self.precision, self.method.needs_features)
+        needs_features = getattr(losses.find(settings["method"]), "needs_features", True)
+        self.teacher = Teacher(network, about["mean"], about["std"], self.train, self.device, self.precision, needs_features)
         comparable = about.get("dataset", settings["dataset"]) == settings["dataset"]
         recorded = about.get("test_accuracy_percent") if comparable else None
         self.teacher_percent = self.teacher.score(self.test, settings["teacher_checkpoint"], recorded, self.console.say)
@@ -114,7 +120,8 @@ class Session:
         say(f"student   {settings['student']}, {model_factory.count_parameters(self.student):,} parameters")
         if self.teacher:
             options = ", ".join(f"{key} {value}" for key, value in settings["method_options"].items())
-            say(f"method    {settings['method']} from {settings['teacher']} ({options})")
+            heard = f" from {settings['teacher']}" if settings["method"] != "base" else ", the labels alone: the teacher is not heard"
+            say(f"method    {settings['method']}{heard}{f' ({options})' * bool(options)}")
         milestones = " ".join(map(str, settings["milestones"]))
         falls = f" x{settings['learning_rate_decay']:g} at {milestones}" if milestones else ""
         say(
@@ -175,9 +182,21 @@ class Session:
             torch.cuda.set_rng_state(contents["cuda_random_state"])
 
 
-def _keywords(options):
-    """Options as the constructor spells them: `lambda` is a word of Python's, `lambda_` there."""
-    return {"lambda_" if key == "lambda" else key: value for key, value in options.items()}
+def build_method(settings, student, teacher, labels, images, mean, std):
+    """The run's method for two networks: they show it their Features of two `images`, uint8 (2, 3, H, W), in evaluation mode."""
+    shown = []
+    for network in (student, teacher):
+        with torch.no_grad():
+            shown.append(network.eval().forward_features(data_loader.normalise(images, mean, std)))
+    return losses.build(settings["method"], settings["method_options"], *shown, labels)
+
+
+def check_method(settings):
+    """A UserError where the method cannot be had for these networks: told before a teacher is trained for it, on random weights."""
+    data = names.DATASETS[settings["dataset"]]
+    networks = [model_factory.create_network(settings[key], data.classes) for key in ("student", "teacher")]
+    labels, images = torch.arange(2 * data.classes) % data.classes, torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    build_method(settings, *networks, labels, images, data.mean, data.std)
 
 
 # ------------------------------------------------------------------------------------------------ the epochs
@@ -236,6 +255,7 @@ def train_one_epoch(session, learner, lesson, directory, signals):
     `learner` and `lesson` are the session's student and method as World.wrap gives them.
     """
     settings, world = session.settings, session.world
+    session.method.epoch = session.epoch
     for group in session.optimizer.param_groups:
         group["lr"] = learning_rate(session)
     steps = data_loader.steps_per_epoch(session.train, settings["batch_size"])

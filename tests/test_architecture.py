@@ -17,7 +17,7 @@ ARROWS = {
     "parallel": "launcher",
     "files": "names",
     "augmentation": "names",
-    "losses": "",
+    "losses": "names",
     "kernels": "",
     "arguments": "names",
     "recipes": "names",

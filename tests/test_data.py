@@ -43,12 +43,13 @@ def digits():
 
 
 # -------------------------------------------------------------------------------------------- views
-def test_all_views_are_torchvisions_pad_crop_and_hflip(images):
+@pytest.mark.parametrize("augment, padding", [("crop-flip", "constant"), ("crop-flip-reflect", "reflect")])
+def test_all_views_are_torchvisions_pad_crop_and_hflip(augment, padding, images):
     for view in range(162):
         row, column, mirrored = view // 18, view // 2 % 9, view % 2
-        ours = augmentation.apply("crop-flip", images, torch.full((len(images),), view))
+        ours = augmentation.apply(augment, images, torch.full((len(images),), view))
         for image, mine in zip(images, ours, strict=True):
-            theirs = F.crop(F.pad(image, [4]), row, column, 32, 32)
+            theirs = F.crop(F.pad(image.float(), [4], padding_mode=padding).byte(), row, column, 32, 32)
             assert torch.equal(mine, F.hflip(theirs) if mirrored else theirs), view
 
 

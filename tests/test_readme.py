@@ -41,8 +41,11 @@ def test_the_readmes_chain_on_digits(copy, run_in):
 
 
 @pytest.mark.parametrize("document", documents(), ids=lambda path: path.name)
-def test_every_command_in_the_documents_is_understood(document):
-    """Parsed by the command's own parser: flags and names that are shown exist."""
+def test_every_command_in_the_documents_is_understood(document, tmp_path, monkeypatch):
+    """Parsed by the command's own parser, beside the Python that the document shows: flags and names that are shown exist."""
+    for block in re.findall(r"```python\n(.+?)```", document.read_text(), re.DOTALL):
+        (tmp_path / "my_losses.py").write_text(block)
+    monkeypatch.chdir(tmp_path)
     import evaluate
     import settings
 

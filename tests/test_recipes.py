@@ -71,6 +71,52 @@ def test_kl_is_divided_by_classes_in_the_released_codes_recipe_only():
     assert resolved(*arguments, "--recipe", "released-code")[0]["method_options"]["reduction"] == "mean"
 
 
+def test_repdistiller():
+    """240 epochs of batches of 64, .05 falling at 150, 180 and 210, .1 CE + .9 KD at temperature 4."""
+    chosen, origins = resolved("--student", "resnet20", "--teacher", "resnet110", "--recipe", "repdistiller")
+    assert (chosen["epochs"], chosen["batch_size"], chosen["augment"]) == (240, 64, "crop-flip")
+    assert rates(chosen) == pytest.approx([0.05] * 150 + [0.005] * 30 + [0.0005] * 30 + [0.00005] * 30)
+    assert (chosen["momentum"], chosen["nesterov"], chosen["weight_decay"]) == (0.9, False, 5e-4)
+    assert chosen["method_options"] == {"temperature": 4.0, "lambda": 0.9, "reduction": "batchmean"}
+    assert origins["lambda"] == origins["epochs"] == origins["batch_size"] == "recipe repdistiller"
+    assert "initialisation" not in chosen
+    mine = resolved("--student", "resnet20", "--teacher", "resnet110", "--recipe", "repdistiller", "--lambda", 0.5, "--epochs", 24)[
+        0
+    ]
+    assert (mine["lambda"], mine["milestones"]) == (0.5, [15, 18, 21])
+
+
+def test_cifar200():
+    """200 epochs of batches of 128, 0.1 falling at 100 and 150, reflected borders, weights of its own."""
+    chosen, _ = resolved("--student", "resnet20", "--recipe", "cifar200")
+    assert (chosen["epochs"], chosen["batch_size"], chosen["augment"]) == (200, 128, "crop-flip-reflect")
+    assert rates(chosen) == pytest.approx([0.1] * 100 + [0.01] * 50 + [0.001] * 50)
+    assert (chosen["momentum"], chosen["nesterov"], chosen["weight_decay"]) == (0.9, False, 1e-4)
+    assert chosen["initialisation"] == "kaiming-xavier"
+
+
+def test_cifar200s_first_weights():
+    """kaiming_normal_ (fan out) for convolutions, xavier_uniform_ for linear layers: their deviations, and the bound of the second."""
+    torch.manual_seed(0)
+    network = model_factory.create_network("plane8", 100)
+    model_factory.kaiming_xavier(network)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 5000:
+            assert float(module.weight.detach().std()) == pytest.approx((2 / (9 * module.out_channels)) ** 0.5, rel=0.05)
+        if isinstance(module, nn.Linear):
+            bound = (6 / (module.in_features + module.out_features)) ** 0.5
+            assert 0.98 * bound < float(module.weight.detach().abs().max()) <= bound
+
+
+def test_cifar200_trains_from_those_weights():
+    settings, _ = resolved("--student", "plane2", "--dataset", "digits", "--recipe", "cifar200")
+    torch.manual_seed(settings["seed"])
+    expected = model_factory.create_network("plane2", 10)
+    model_factory.kaiming_xavier(expected)
+    student = session_of(settings).student
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), expected.parameters(), strict=True))
+
+
 # ------------------------------------------------------------------------------------ who beats whom
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
 def test_flags_beat_the_recipe(recipe):
@@ -89,8 +135,19 @@ def test_flags_beat_the_recipe(recipe):
 
 def test_what_is_not_given_says_that_it_comes_from_the_recipe():
     settings, origins = resolved("--student", "resnet8")
-    for key in ("learning_rate", "momentum", "weight_decay", "milestones", "learning_rate_decay", "nesterov", "augment"):
+    for key in (
+        "learning_rate",
+        "momentum",
+        "weight_decay",
+        "milestones",
+        "learning_rate_decay",
+        "nesterov",
+        "augment",
+        "epochs",
+        "batch_size",
+    ):
         assert origins[key] == "recipe paper" and key in settings
+    assert (settings["epochs"], settings["batch_size"]) == (160, 128)
 
 
 def test_digits_are_never_mirrored_by_a_recipe():

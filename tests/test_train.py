@@ -72,7 +72,7 @@ def test_config_says_where_each_value_comes_from(distilled):
         "student": ("plane2", "command line"),
         "lambda": (0.3, "command line"),
         "temperature": (4.0, "default of kd"),
-        "batch_size": (128, "default"),
+        "batch_size": (128, "recipe paper"),
         "seed": (1, "default"),
         "momentum": (0.9, "recipe paper"),
         "augment": ("none", "data set digits"),
@@ -324,6 +324,9 @@ OTHER_FLAGS = {
     "--teacher": "test_teacher_and_teacher_checkpoint",
     "--teacher-checkpoint": "test_teacher_and_teacher_checkpoint",
     "--method": "test_method",
+    "--method-option": "test_method_option",
+    "--help-methods": "test_help_methods",
+    "--repeat": "test_repeat",
     "--temperature": "test_temperature_and_lambda",
     "--lambda": "test_temperature_and_lambda",
     "--teacher-cache": "test_teacher_cache",
@@ -395,12 +398,30 @@ def test_teacher_and_teacher_checkpoint(tmp_path, call, tiny, teacher_file, base
     assert not (tmp_path / "run/teacher").exists()
 
 
-def test_method(call, tiny, teacher_file, tmp_path):
-    """One method so far: its name is recorded, and another is refused with the list."""
-    distil(call, tiny, teacher_file, tmp_path / "run", "--method", "KD")
-    assert read(tmp_path / "run/config.json")["method"] == "kd"
-    refused = call(train, *tiny, "--teacher", "plane2", "--method", "kdd", "--run-dir", tmp_path / "other")
-    assert refused.status == 2 and "did you mean kd?" in refused.err
+def test_method(call, tiny, teacher_file, tmp_path, baseline):
+    """Its name is recorded in its own spelling; each method has its tests in test_methods.py."""
+    distil(call, tiny, teacher_file, tmp_path / "run", "--method", "ST")
+    distil(call, tiny, teacher_file, tmp_path / "default")
+    assert read(tmp_path / "run/config.json")["method"] == "st" and read(tmp_path / "default/config.json")["method"] == "kd"
+    assert not same(weights(tmp_path / "run"), weights(tmp_path / "default"))
+
+
+def test_method_option(call, tiny, teacher_file, tmp_path):
+    distil(call, tiny, teacher_file, tmp_path / "default", "--method", "st")
+    distil(call, tiny, teacher_file, tmp_path / "run", "--method", "st", "--method-option", "alpha=3", "temperature=2")
+    assert read(tmp_path / "run/config.json")["method_options"] == {"temperature": 2.0, "alpha": 3.0}
+    assert not same(weights(tmp_path / "run"), weights(tmp_path / "default"))
+
+
+def test_help_methods(run_command, nothing_heavy):
+    outcome = run_command("train.py", "--help-methods", **nothing_heavy)
+    assert (outcome.status, outcome.err) == (0, "") and set(names.methods()) <= set(outcome.out.split())
+
+
+def test_repeat(tmp_path, call, tiny):
+    outcome = call(train, *tiny, "--repeat", "2", "--run-dir", tmp_path)
+    assert outcome.status == 0 and [read(tmp_path / f"seed{seed}/config.json")["seed"] for seed in (1, 2)] == [1, 2]
+    assert re.match(r"repeated  2 runs, seeds 1 2: test \d+\.\d\d ± \d", outcome.out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("flag, value", [("--temperature", 2.5), ("--lambda", 0.9)])
@@ -460,7 +481,19 @@ USAGE_ERRORS = {
     "unknown teacher": (["--teacher", "vgg"], "networks: resnet8"),
     "unknown data set": (["--dataset", "cifar1000"], "did you mean cifar100?"),
     "unknown recipe": (["--recipe", "mine"], "released-code"),
-    "unknown method": (["--teacher", "plane4", "--method", "crd"], "methods: kd"),
+    "unknown method": (["--teacher", "plane4", "--method", "cdr"], "did you mean crd?"),
+    "method without a teacher": (["--method", "st"], "--method needs --teacher"),
+    "option without a teacher": (["--method-option", "alpha=1"], "--method-option needs --teacher"),
+    "option of base without a teacher": (["--method", "base", "--temperature", "3"], "--temperature needs --teacher"),
+    "temperature of a method without": (["--teacher", "plane4", "--method", "at", "--temperature", "3"], "options of at: beta"),
+    "unknown option": (["--teacher", "plane4", "--method-option", "temprature=3"], "did you mean temperature?"),
+    "option given twice": (["--teacher", "plane4", "--lambda", ".1", "--method-option", "lambda=.1"], "lambda is given twice"),
+    "option that is no word of it": (["--teacher", "plane4", "--method-option", "reduction=sum"], "batchmean or mean"),
+    "option out of bounds": (["--teacher", "plane4", "--method-option", "lambda=2"], "at most 1"),
+    "option without a value": (["--teacher", "plane4", "--method-option", "lambda"], "write key=value"),
+    "method in no file": (["--teacher", "plane4", "--method", "absent.py:Mine"], "absent.py cannot be read"),
+    "no repetition": (["--repeat", "0"], "at least 1"),
+    "seeds beyond the last": (["--seed", str(2**63 - 1), "--repeat", "2"], "seeds end at"),
     "no epochs": (["--epochs", "0"], "at least 1"),
     "half an epoch": (["--epochs", "1.5"], "whole number"),
     "huge epochs": (["--epochs", "9" * 400], "whole number"),
