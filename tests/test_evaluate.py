@@ -25,7 +25,7 @@ import train
 MACS = {
     "plane2": (1.04, 3.45), "plane4": (6.36, 24.89), "plane6": (9.89, 39.45), "plane8": (13.45, 52.86), "plane10": (71.80, 72.24),
     "resnet8": (12.50, 12.51), "resnet14": (26.66, 26.66), "resnet20": (40.81, 40.82), "resnet26": (54.97, 54.97),
-    "resnet32": (69.12, 69.13), "resnet44": (97.44, 97.44), "resnet56": (125.75, 125.75), "resnet110": (253.15, 253.15),
+    "resnet32": (69.12, 69.13), "resnet44": (97.44, 97.44), "resnet56": (125.75, 125.75), "resnet110": (253.15, 253.16),
 }  # fmt: skip
 
 
@@ -33,7 +33,7 @@ MACS = {
 @pytest.mark.parametrize("name", MACS)
 def test_multiply_accumulates(name):
     counted = [cost.multiply_accumulates(model_factory.create_network(name, classes), 32) / 1e6 for classes in (10, 100)]
-    assert counted == pytest.approx(MACS[name], abs=0.0051)
+    assert [f"{value:.2f}" for value in counted] == [f"{value:.2f}" for value in MACS[name]]
 
 
 def test_every_network_of_the_paper_is_counted():
@@ -105,17 +105,17 @@ def teacher(teacher_run):
 
 @pytest.fixture(scope="module")
 def report(student_file, teacher, tmp_path_factory, call):
-    """A written report and what the command printed."""
+    """A report written into a folder that holds an older one and a file of somebody else's, and what the command printed."""
+    folder = tmp_path_factory.mktemp("report")
+    for name in ("comparison.csv", "notes.txt"):
+        (folder / name).write_text("old")
+    command = ("--checkpoint", student_file, "--teacher-checkpoint", teacher, "--cuda", "0")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "LEAST_SECONDS", 0)
-        folder = tmp_path_factory.mktemp("report") / "new" / "report"
-        command = ("--checkpoint", student_file, teacher, "--teacher-checkpoint", teacher, "--report", folder, "--cuda", "0")
-        outcome = call(evaluate, *command)
-        assert outcome.status == 0 and outcome.err == "", outcome.err
-        before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
-        again = call(evaluate, *command, "--json")
-        assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
-    return SimpleNamespace(folder=folder, printed=outcome.out, results=[json.loads(line) for line in again.out.splitlines()])
+        outcome = call(evaluate, *command, "--report", folder, "--json")
+        assert outcome.status == 0 and outcome.err == f"report    {folder / 'report.html'}\n", outcome.err
+        itself = call(evaluate, "--checkpoint", teacher, *command[2:])
+    return SimpleNamespace(folder=folder, result=json.loads(outcome.out), printed=itself.out)
 
 
 def table(path):
@@ -124,35 +124,33 @@ def table(path):
 
 
 def test_json_tells_the_teacher_and_what_is_saved(report, student_file, teacher, call):
-    student, itself = report.results
-    assert (student["checkpoint"], student["teacher"]["checkpoint"]) == (str(student_file), str(teacher))
-    assert student["teacher"]["test_accuracy_percent"] == itself["test_accuracy_percent"]
-    assert 50 < student["agreement_percent"] < 100 and student["kl_nats"] > 0
-    assert (itself["agreement_percent"], itself["kl_nats"]) == (100, 0)
-    for result in report.results:
-        assert result["saving"] == {key: pytest.approx(result["teacher"][key] / result[key]) for key in evaluate.COSTS}
-        assert result["parameters"] == 13_082 and result["multiply_accumulates"] == 1_042_432
-        assert result["latency_1_milliseconds"] > 0 and result["latency_128_milliseconds"] > 0 and result["threads"] == 1
+    result = report.result
+    assert (result["checkpoint"], result["teacher"]["checkpoint"]) == (str(student_file), str(teacher))
+    assert 50 < result["agreement_percent"] < 100 and result["kl_nats"] > 0
+    assert result["saving"] == {key: pytest.approx(result["teacher"][key] / result[key]) for key in evaluate.COSTS}
+    assert result["parameters"] == 13_082 and result["multiply_accumulates"] == 1_042_432
+    assert result["latency_1_milliseconds"] > 0 and result["latency_128_milliseconds"] > 0 and result["threads"] == 1
     plain = json.loads(call(evaluate, "--checkpoint", student_file, "--json", "--cuda", "0").out)
-    assert plain.items() <= student.items() and "latency_1_milliseconds" not in plain  # nothing is measured unasked
+    assert plain.items() <= result.items() and "latency_1_milliseconds" not in plain  # nothing is measured unasked
 
 
 def test_agreement_is_of_the_test_images(report, student_file, teacher):
     test = data_loader.load("digits")[1]
     answers = [engine.predict(model_factory.load_network(path)[0], test).argmax(1) for path in (student_file, teacher)]
-    assert report.results[0]["agreement_percent"] == pytest.approx(100 * float((answers[0] == answers[1]).double().mean()))
+    assert report.result["agreement_percent"] == pytest.approx(100 * float((answers[0] == answers[1]).double().mean()))
 
 
 def test_the_tables_printed(report):
+    """A teacher beside itself: the teacher's row first."""
     scores, costs, how = report.printed.split("\n\n")
-    assert [line.split()[0] for line in scores.splitlines()] == ["network", "plane2", "plane2", "plane2"]  # the teacher first
-    assert "as its teacher %" in costs and costs.count("(1.0)") > 4 and "1 thread;" in how
+    assert [line.split()[0] for line in scores.splitlines()] == ["network", "plane2", "plane2"]
+    assert "as its teacher %" in costs and "100.00    0.0000" in costs and costs.count("(1.0)") >= 4 and "1 thread;" in how
 
 
 # ------------------------------------------------------------------------------------------------ the report
-def test_the_reports_files(report, student_file):
+def test_the_reports_files(report):
     stems = sorted(path.name for path in report.folder.iterdir() if path.is_dir())
-    assert stems == ["run-plane2_seed1_best", "run-plane2_seed1_best-2", "run-plane2_seed2_best"]
+    assert stems == ["run-plane2_seed1_best", "run-plane2_seed2_best"]
     kinds = {
         f"{name}.{kind}"
         for name in ("class_accuracy", "confusion_matrix", "classification_report")
@@ -164,7 +162,7 @@ def test_the_reports_files(report, student_file):
             with Image.open(picture) as image:
                 assert min(image.size) > 500 and len(image.convert("L").getcolors()) > 10
     assert {path.name for path in report.folder.iterdir() if path.is_file()} == {
-        "report.html", "report.md", "comparison.csv", "comparison.json",
+        "report.html", "report.md", "comparison.csv", "comparison.json", "notes.txt",
     }  # fmt: skip
 
 
@@ -195,7 +193,7 @@ def test_the_comparison(report):
     heading, *rows = table(report.folder / "comparison.csv")
     listed = [dict(zip(heading, row, strict=True)) for row in rows]
     whole = json.loads((report.folder / "comparison.json").read_text())
-    assert len(listed) == len(whole) == 3
+    assert len(listed) == len(whole) == 2
     for row, result in zip(listed, whole, strict=True):
         for key in ("test_accuracy_percent", "multiply_accumulates", "file_bytes"):
             assert float(row[key]) == result[key]
@@ -205,14 +203,14 @@ def test_the_comparison(report):
 
 def test_the_page_needs_nothing_else(report):
     page = (report.folder / "report.html").read_text()
-    assert page.count("<svg") == 9 and not re.search(r'(src|href)="(?!#|data:)', page)
+    assert page.count("<svg") == 6 and not re.search(r'(src|href)="(?!#|data:)', page)
     identifiers = re.findall(r'\sid="([^"]+)"', page)
     assert len(identifiers) == len(set(identifiers))
     for reference in re.findall(r"url\(#([^)]+)\)", page) + re.findall(r'href="#([^"]+)"', page):
         assert reference in identifiers
     assert "times fewer parameters" in page and "Accuracy by class, digits" in page
     pictures = re.findall(r"\]\(([^)]+\.png)\)", (report.folder / "report.md").read_text())
-    assert len(pictures) == 9 and all((report.folder / picture).is_file() for picture in pictures)
+    assert len(pictures) == 6 and all((report.folder / picture).is_file() for picture in pictures)
 
 
 def test_a_class_without_images_and_one_called_accuracy():

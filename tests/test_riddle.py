@@ -162,4 +162,5 @@ def test_another_data_set_with_as_many_classes(contents, scored, class_folders, 
 
 def test_another_number_of_classes(contents, scored, class_folders, tmp_path):
     folders = class_folders(tmp_path / "data", "cifar100", train_images=1)
-    refused(scored(contents, "--dataset", "cifar100", "--dataset-dir", folders), "tells 10 classes apart, cifar100 has 100")
+    outcome = scored(contents, "--dataset", "cifar100", "--dataset-dir", folders)
+    assert outcome.status == 2 and "tells 10 classes apart, cifar100 has 100" in outcome.err
