@@ -195,6 +195,16 @@ def load(name, dataset_dir="data", download=True, say=lambda line: None):
     )
 
 
+def class_order(names_in_file, classes):
+    """Where each of a data set's classes stands in a file that names the same ones otherwise ordered; None where nothing is to be done.
+
+    A file that names no classes, or other ones, is matched by position.
+    """
+    if not names_in_file or list(names_in_file) == list(classes) or sorted(names_in_file) != sorted(classes):
+        return None
+    return [list(names_in_file).index(name) for name in classes]
+
+
 def held_out(train, amount):
     """(train, validation): `amount` below 1 is a share, else a number of images, taken evenly from the classes.
 

@@ -125,6 +125,16 @@ def score(logits, labels):
     }
 
 
+def agreement(logits, teacher_logits):
+    """How near a network is to its teacher on the same images, both float32 (N, C): how often their answers are the same class, and
+    KL(teacher || network) of their softmax distributions at temperature 1, in nats, the mean over the images.
+    """
+    same = logits.argmax(1) == teacher_logits.argmax(1)
+    network, teacher = (F.log_softmax(each.double(), dim=1) for each in (logits, teacher_logits))
+    divergence = F.kl_div(network, teacher, reduction="batchmean", log_target=True)
+    return {"agreement_percent": 100 * float(same.double().mean()), "kl_nats": float(divergence)}
+
+
 def chance_percent(labels):
     """What guessing the commonest class reaches on these labels, and four standard errors more: below it nothing was learned."""
     share = float(torch.bincount(labels).max()) / len(labels)

@@ -1,11 +1,13 @@
-"""Figures of a path study, each as (SVG text, PNG bytes): the tree with its numbers, what assistants bring, learning curves.
+"""Figures, each as (SVG text, PNG bytes): of a path study, and of one network's answers class by class.
 
 Shared look: ours in blue, the best marked in orange, trained alone in grey, published numbers small and grey.
 """
 
 import io
+import math
 
 from matplotlib import rc_context
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -203,4 +205,105 @@ def curves(study):
     handles += [Line2D([], [], color=BEST, lw=2.4, label=f"best path: {study.short(best)}")] if best else []
     figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 3 if width < 3 else 6), fontsize=8.5)
     figure.tight_layout(rect=(0, 0.22 / height if width < 3 else 0.12 / height, 1, 1))
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------- classes
+# From ten classes to a thousand: cells shrink down to what a small letter needs, then the figure stops growing and labels are thinned.
+BLUES = LinearSegmentedColormap.from_list("blues", ("white", PALE, BLUE, STEPS[0]))
+POINTS = 72  # an inch
+
+
+def _cell(count, largest, longest):
+    """Height in inches of each of `count` rows, at most `largest` and all together at most `longest`."""
+    return min(largest, longest / count)
+
+
+def _label(axis, places, labels, cell):
+    """Labels as large as the rows allow, at most 9 points, and of rows too thin for 5 points only some."""
+    every = math.ceil(5.5 / (cell * POINTS))
+    shown = [label if len(label) < 25 else f"{label[:23]}…" for label in labels]
+    axis.set_ticks(places[::every], shown[::every], fontsize=min(9, max(5, cell * POINTS * 0.75)))
+
+
+@styled
+def class_accuracy(classes, percents, overall, teacher=None):
+    """A bar a class; more than 20 are sorted, the best first. percents, teacher: per class, None for a class without images."""
+    order = list(range(len(classes)))
+    if len(order) > 20:
+        order.sort(key=lambda i: -(percents[i] or 0))
+    cell = _cell(len(order), 0.34, 18)
+    figure = Figure(figsize=(8, cell * len(order) + 1.5))
+    axes = figure.subplots()
+    places = list(range(len(order)))
+    axes.barh(places, [percents[i] or 0 for i in order], height=0.75 if cell > 0.05 else 1, color=BLUE, label=f"this network, {overall:.2f} % over all")
+    if teacher:
+        axes.plot([teacher[i] for i in order], places, "D", ms=min(5, cell * POINTS * 0.4), color=BEST, ls="", label="its teacher")
+    axes.axvline(overall, color=GREY, lw=1.1, ls=(0, (4, 3)))
+    if cell >= 0.14:
+        for y, i in enumerate(order):
+            inside = (percents[i] or 0) > 10
+            axes.text(1 if inside else 1 + (percents[i] or 0), y, "no image" if percents[i] is None else f"{percents[i]:.1f}", va="center",
+                      fontsize=min(8, cell * POINTS * 0.7), color="white" if inside else GREY)  # fmt: skip
+    _label(axes.yaxis, places, [classes[i] for i in order], cell)
+    axes.set(xlim=(0, 102), ylim=(len(order) - 0.4, -0.6), xlabel="right answers, % of the class's test images")
+    axes.set_xticks(range(0, 101, 20))
+    axes.grid(axis="y", visible=False)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8.5)
+    figure.tight_layout()
+    return figure
+
+
+@styled
+def confusion(classes, counts):
+    """counts (C, C): images of each class (rows) by the answer (columns), coloured by their share of the class."""
+    cell = _cell(len(classes), 0.5, 14)
+    side = cell * len(classes)
+    figure = Figure(figsize=(side + 2.6, side + 1.8))
+    axes = figure.subplots()
+    shares = [[100 * count / max(sum(row), 1) for count in row] for row in counts]
+    image = axes.imshow(shares, cmap=BLUES, norm=PowerNorm(0.5, 0, 100), interpolation="nearest")
+    if cell >= 0.3:
+        for y, row in enumerate(counts):
+            for x, count in enumerate(row):
+                ink = "white" if shares[y][x] > 35 else INK if count else FAINT
+                axes.text(x, y, f"{count}", ha="center", va="center", color=ink, fontsize=min(9, cell * POINTS * 0.3))
+    places = list(range(len(classes)))
+    for axis in (axes.xaxis, axes.yaxis):
+        _label(axis, places, classes, cell)
+    axes.tick_params(axis="x", rotation=90)
+    axes.set(xlabel="answer", ylabel="class")
+    axes.grid(visible=False)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=30, ticks=(0, 1, 5, 20, 50, 100))
+    bar.set_label("share of the class's images, %")
+    bar.outline.set_visible(False)
+    figure.tight_layout()
+    return figure
+
+
+@styled
+def classification(rows):
+    """rows: (name, precision, recall, F1, images), each score in 0..1 or None; classes first, averages last."""
+    cell = _cell(len(rows), 0.34, 18)
+    figure = Figure(figsize=(6.4, cell * len(rows) + 1.3))
+    axes = figure.subplots()
+    scores = [[math.nan if value is None else value for value in row[1:4]] for row in rows]
+    axes.imshow(scores, cmap=BLUES, vmin=0, vmax=1.15, aspect="auto", interpolation="nearest")
+    places = list(range(len(rows)))
+    if cell >= 0.14:
+        size = min(9, cell * POINTS * 0.75)
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row[1:4]):
+                if value is not None:
+                    axes.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=size, color="white" if value > 0.6 else INK)
+            axes.text(2.6, y, f"{row[4]:,}", va="center", fontsize=size, color=GREY)
+    axes.annotate("images", (2.6, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points", color=GREY)
+    _label(axes.yaxis, places, [row[0] for row in rows], cell)
+    axes.xaxis.set_ticks(range(3), ["precision", "recall", "F1"])
+    axes.xaxis.tick_top()
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.tight_layout()
+    figure.subplots_adjust(right=0.88)
     return figure

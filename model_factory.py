@@ -176,8 +176,8 @@ def network_from_state(name, state_dict, source, image_size=32):
 
 
 def strip_prefixes(state_dict):
-    """Without the prefixes of DataParallel (`module.`) and torch.compile (`_orig_mod.`), in any nesting."""
-    for prefix in ("module.", "_orig_mod.") * 2:
+    """Without the prefixes of DataParallel (`module.`), torch.compile (`_orig_mod.`) and Lightning (`model.`), in any nesting."""
+    for prefix in ("module.", "_orig_mod.", "model.") * 3:
         if state_dict and all(key.startswith(prefix) for key in state_dict):
             state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
     return state_dict

@@ -8,16 +8,14 @@ Reads what train.py recorded (config.json, metrics.jsonl, summary.json); neither
 """
 
 import dataclasses
-import html
-import re
 import sys
-from pathlib import Path
 
 import arguments
 import names
 import recipes
 import runlog
 from arguments import number
+from document import Document
 from names import UserError
 
 
@@ -27,118 +25,6 @@ def build_parser():
     parser.flag(parser, "--output", metavar="DIR", help="folder for the report (default: the first of RUNS)")
     parser.flag(parser, "--price-per-hour", type=number(float, minimum=0), metavar="N", help="of the machine, to tell what it cost")
     return parser
-
-
-# ------------------------------------------------------------------------------------------------- the document
-class Document:
-    """Headings, paragraphs, tables and figures, written as Markdown and as one HTML page with the figures inside."""
-
-    def __init__(self, folder):
-        self.folder, self.blocks = Path(folder), []
-
-    def heading(self, text, level=2):
-        self.blocks.append(("heading", text, level))
-
-    def text(self, *sentences):
-        if said := " ".join(sentence for sentence in sentences if sentence):
-            self.blocks.append(("text", said))
-
-    def table(self, header, rows, mark=None):
-        """Rows of cells as text; numbers stand to the right. The row numbered `mark` is the one to look at."""
-        if rows:  # without the columns that hold nothing
-            kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
-            self.blocks.append(("table", [header[i] for i in kept], [[row[i] for i in kept] for row in rows], mark))
-
-    def figure(self, name, drawn, caption):
-        """`drawn` is (SVG text, PNG bytes)."""
-        taken = [block[1] for block in self.blocks if block[0] == "figure"]
-        name = next(free for free in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if free not in taken)
-        self.blocks.append(("figure", name, caption, *drawn))
-
-    def markdown(self):
-        parts = []
-        for kind, *block in self.blocks:
-            if kind == "heading":
-                parts.append(f"{'#' * block[1]} {block[0]}")
-            elif kind == "text":
-                parts.append(block[0])
-            elif kind == "table":
-                header, rows, mark = block
-                rows = [[f"**{cell}**" if cell and i == mark else cell for cell in row] for i, row in enumerate(rows)]
-                sides = ["--:" if right else "---" for right in _numeric(header, rows)]
-                parts.append(
-                    "\n".join(
-                        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in (header, sides, *rows)
-                    )
-                )
-            else:
-                parts.append(f"![{block[1]}](figures/{block[0]}.png)\n\n*{block[1]}*")
-        return "\n\n".join(parts) + "\n"
-
-    def html(self):
-        parts = []
-        for kind, *block in self.blocks:
-            if kind == "heading":
-                parts.append(f"<h{block[1]}>{html.escape(block[0])}</h{block[1]}>")
-            elif kind == "text":
-                parts.append(f"<p>{html.escape(block[0])}</p>")
-            elif kind == "table":
-                parts.append(_html_table(*block))
-            else:
-                svg = block[2][block[2].index("<svg") :]
-                # Two figures of one page may not share the names of their parts.
-                svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{block[0]}-", svg)
-                caption = html.escape(block[1])
-                parts.append(f'<figure role="img" aria-label="{caption}">{svg}<figcaption>{caption}</figcaption></figure>')
-        title = html.escape(next(block[1] for block in self.blocks if block[0] == "heading"))
-        return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">\n' \
-               f"<title>{title}</title>\n<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"  # fmt: skip
-
-    def write(self):
-        import files
-
-        (self.folder / "figures").mkdir(parents=True, exist_ok=True)
-        contents = {"report.md": self.markdown().encode(), "report.html": self.html().encode()}
-        for _, name, _, svg, png in (block for block in self.blocks if block[0] == "figure"):
-            contents |= {f"figures/{name}.svg": svg.encode(), f"figures/{name}.png": png}
-        for name, content in contents.items():
-            with files.replacing(self.folder / name) as temporary:
-                temporary.write_bytes(content)
-
-
-def _numeric(header, rows):
-    return [i > 0 and all(re.fullmatch(r"\**[-+−]?[\d<(].*", row[i]) or not row[i] for row in rows) for i in range(len(header))]
-
-
-def _html_table(header, rows, mark):
-    right = _numeric(header, rows)
-
-    def row(cells, tag, look=""):
-        inner = "".join(f"<{tag}{' class=n' * right[i]}>{html.escape(cell)}</{tag}>" for i, cell in enumerate(cells))
-        return f"<tr{look}>{inner}</tr>"
-
-    body = "\n".join(row(cells, "td", " class=best" if i == mark else "") for i, cells in enumerate(rows))
-    return f'<div class="table"><table><thead>{row(header, "th")}</thead>\n<tbody>{body}</tbody></table></div>'
-
-
-STYLE = """
-body { font: 16px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1b2733; background: #fff;
-       max-width: 66rem; margin: 2rem auto; padding: 0 1.2rem }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .6rem }
-h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid #e6eaef; padding-bottom: .25rem }
-h3 { font-size: 1.05rem; margin: 1.8rem 0 .4rem }
-p { max-width: 52rem }
-.table { overflow-x: auto; margin: 1rem 0 }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
-th { text-align: left; color: #6b7785; font-weight: 600; border-bottom: 1.5px solid #b8c1cc }
-th, td { padding: .32rem .75rem .32rem 0; vertical-align: top }
-td { border-bottom: 1px solid #e6eaef }
-.n { text-align: right; white-space: nowrap; padding-left: .7rem }
-tr.best td { font-weight: 700; color: #b35900 }
-figure { margin: 1.4rem 0 } figure svg { max-width: 100%; height: auto }
-figcaption { color: #6b7785; font-size: .88rem }
-@media print { body { margin: 0; max-width: none } }
-"""
 
 
 # -------------------------------------------------------------------------------------------------- formatting
@@ -188,7 +74,7 @@ def study_section(document, found, only):
     }
     paper = {path: cells["paper"] for path, cells in published.items() if "paper" in cells}
     beside = " and the paper's number" if paper else ""
-    document.figure(f"{slug}-paths", figures.paths(found, paper), "Every path, as in figure 5 of the paper: test accuracy at the best epoch in "
+    document.figure(f"figures/{slug}-paths", figures.paths(found, paper), "Every path, as in figure 5 of the paper: test accuracy at the best epoch in "
                     f"percent, the mean over seeds with its deviation{beside} below. The best path is marked; dashed is not finished.")  # fmt: skip
     document.heading("All paths", 3)
     sources = [s for s in dict.fromkeys(e["source"] for e in results.published()) if any(s in published[p] for p in published)]
@@ -197,7 +83,7 @@ def study_section(document, found, only):
     document.table(["path", "settings", "seeds", "best epoch, %", "last epoch, %", *sources], rows, mark=0 if best else None)
     comparison(document, found)
     if any(found.mean(path) is not None for path in found.ends):
-        document.figure(f"{slug}-assistants", figures.assistants(found, paper), f"What assistants bring to {found.student}.")
+        document.figure(f"figures/{slug}-assistants", figures.assistants(found, paper), f"What assistants bring to {found.student}.")
         rule(document, found)
     between = [path for path in [*found.cells, *found.planned] if path[-1] not in (found.student, found.teacher)]
     document.heading("The networks on the way", 3)
@@ -206,7 +92,7 @@ def study_section(document, found, only):
                     sorted(dict.fromkeys(between), key=lambda path: (found.sizes.index(path[-1]), -(found.mean(path) or -1)))])  # fmt: skip
     if any(run.records for group in found.cells.values() for run in group.runs):
         document.figure(
-            f"{slug}-curves", figures.curves(found), "Learning curves on the test images; lines are means over the seeds so far."
+            f"figures/{slug}-curves", figures.curves(found), "Learning curves on the test images; lines are means over the seeds so far."
         )
     quoted = {
         f"{e['source']}: {e['title']}" for e in results.published() if e["source"] in sources and e["dataset"] == found.dataset

@@ -101,6 +101,11 @@ class Session:
                 f"{settings['teacher_checkpoint']} tells {about['classes']} classes apart, {settings['dataset']} has "
                 f"{len(self.train.classes)}; give a teacher trained on {settings['dataset']}"
             )
+        if data_loader.class_order(about.get("class_names"), self.train.classes):
+            raise UserError(
+                f"{settings['teacher_checkpoint']} has the classes of {settings['dataset']} in another order than "
+                f"{settings['dataset_dir']}; train the teacher on these very folders"
+            )
         self.teacher_about = about
         needs_features = getattr(losses.find(settings["method"]), "needs_features", True)
         self.teacher = Teacher(network, about["mean"], about["std"], self.train, self.device, self.precision, needs_features)

@@ -31,21 +31,23 @@ ARROWS = {
     "cluster": "names files",
     "results": "names runlog settings study",
     "figures": "",
+    "document": "files",
+    "cost": "runlog",
     "engine": "data_loader",
     "teacher": "names files augmentation checkpoint data_loader engine kernels",
     "training": "names parallel recipes tuner checkpoint kernels model_factory data_loader runlog losses engine teacher",
     "train": "names launcher parallel arguments tuner settings checkpoint engine runlog training",
-    "evaluate": "names arguments data_loader engine model_factory",
+    "evaluate": "names arguments cost data_loader document engine figures model_factory",
     "calibrate": "names arguments data_loader engine losses model_factory training",
     "distill_paths": "names arguments cluster runlog settings study",
-    "report": "names files arguments recipes runlog study results figures",
+    "report": "names arguments recipes runlog study results figures document",
 }
 COMMANDS = ("train", "evaluate", "calibrate", "distill_paths", "report")
 # Asked before the arguments are known to be good; what else they need is imported where it is used.
 LIGHT = {
     "names": set(), "launcher": set(), "files": set(), "recipes": set(), "settings": set(), "arguments": {"torch"}, "tuner": {"nni"},
     "runlog": {"torch", "numpy", "tqdm"}, "study": set(), "cluster": set(), "results": {"scipy"},
-    "distill_paths": {"tqdm"}, "report": set(),
+    "distill_paths": {"tqdm"}, "report": set(), "document": set(),
 }  # fmt: skip
 PRINTERS = (*COMMANDS, "arguments", "runlog")  # errors of usage, and the console
 
