@@ -24,6 +24,7 @@ def build_parser():
     add(parser, "--dataset", type=arguments.dataset, metavar="NAME",
         help=f"{' '.join(names.DATASETS)} (without: the one the file was trained on)")
     add(parser, "--dataset-dir", default="./data", metavar="DIR", help="where the data set is, or is downloaded to")
+    add(parser, "--image-size", type=arguments.number(int, minimum=8), metavar="N", help="of the networks, where the files do not say")
     add(parser, "--no-download", dest="download", action="store_const", const=False, help="never touch the network")
     add(parser, "--cuda", type=arguments.cuda, metavar="N", help="1 or yes, 0 or no (without the flag: a GPU if there is one)")
     add(parser, "--json", action="store_const", const=True, help="print JSON; other lines go to standard error")
@@ -39,17 +40,18 @@ def evaluate(path, args, device, splits):
         import engine
         import model_factory
 
-    network, about = model_factory.load_network(path, args.model)
+    network, about = model_factory.load_network(path, args.model, args.image_size)
     dataset = args.dataset or about.get("dataset")
     if dataset is None:
         raise UserError(f"{path} does not say what it was trained on; name the data set with --dataset")
-    if dataset not in splits:
+    key = dataset, about["image_size"]
+    if key not in splits:
         download = args.download is not False
-        splits[dataset] = data_loader.load(dataset, args.dataset_dir, download, warn)[1].to(torch.device(device))
-    test = splits[dataset]
+        splits[key] = data_loader.load(dataset, args.dataset_dir, download, warn, about["image_size"])[1].to(torch.device(device))
+    test = splits[key]
     if about["classes"] != len(test.classes):
         raise UserError(f"{path} tells {about['classes']} classes apart, {dataset} has {len(test.classes)}")
-    network.to(test.images.device, memory_format=torch.channels_last)
+    network.to(test.device, memory_format=torch.channels_last)
     result = engine.score(engine.predict(network, test, about["mean"], about["std"]), test.labels)
     recorded = about.get("test_accuracy_percent") if dataset == about.get("dataset") else None
     if recorded is not None and abs(recorded - result["accuracy_percent"]) > 0.5:
