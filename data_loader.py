@@ -523,7 +523,7 @@ def _decode(paths, target, resize, say):
 
 def _decode_one(path, target, resize):
     """Fill `target` (3, H, W) from a file. Returns (what is wrong with it, or None; what had to be converted, a list)."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     size = target.shape[:0:-1]
     try:
@@ -533,6 +533,8 @@ def _decode_one(path, target, resize):
         elif image.size != size:
             return f"{path} ({image.width}x{image.height} pixels, expected {size[0]}x{size[1]})", ()
         target[:] = np.asarray(image).transpose(2, 0, 1)
+    except UnidentifiedImageError:
+        return f"{path} (not an image)", ()
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
         return f"{path} ({(str(error).splitlines() or [type(error).__name__])[0][:80]})", ()
     return None, kinds

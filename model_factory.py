@@ -237,7 +237,7 @@ def _torchvision(name, classes, image_size, pretrained):
         *_, head = (key for key, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
         state = {key: value for key, value in _pretrained_state(name).items() if key not in (f"{head}.weight", f"{head}.bias")}
         try:
-            network.load_state_dict(network.state_dict() | state)
+            load_weights(network, state)
         except RuntimeError:  # positions of a transformer
             raise UserError(f"--pretrained: torchvision's weights of {name} are for images of another size than {image_size}") from None
     return network
@@ -308,8 +308,15 @@ def network_from_state(name, state_dict, source, image_size=32, classes=None):
         if value.shape != state_dict[key].shape:
             shapes = f"{tuple(state_dict[key].shape)}, {name} has {tuple(value.shape)}"
             raise UserError(f"{source} is not {name}: {key} is {shapes}")
-    network.load_state_dict(state_dict, strict=True)
+    load_weights(network, state_dict)
     return network
+
+
+def load_weights(network, state_dict):
+    """Into a network that has all of its keys; what is not in `state_dict` stays. MNASNet asks for versions that a file lost."""
+    own = network.state_dict()
+    own.update(state_dict)
+    network.load_state_dict(own)
 
 
 def strip_prefixes(state_dict):

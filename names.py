@@ -74,7 +74,7 @@ def network(name):
 def torchvision_networks():
     """Names of torchvision's classifiers, read from its source without importing it."""
     found = importlib.util.find_spec("torchvision")
-    if found is None:
+    if found is None or not found.submodule_search_locations:
         raise UserError("torchvision is not installed; pip install -r requirements.txt")
     files = sorted(Path(found.submodule_search_locations[0], "models").glob("*.py"))
     builder = re.compile(r"^@register_model\(\)$.*?^def (\w+)", re.MULTILINE | re.DOTALL)

@@ -141,8 +141,11 @@ def check_combinations(given, origins):
         networks = [name for name in (given.get("student", "resnet8"), trained_first) if name]
         if not any(map(names.torchvision_name, networks)):
             raise UserError(f"--pretrained needs a network of torchvision's to train (resnet50, torchvision:NAME), not {' or '.join(networks)}")
-    if "workers" in given and names.VIEWS.get(given.get("augment"), 1):
+    endless = names.VIEWS.get(given.get("augment"), 1) is None
+    if "workers" in given and not endless:
         raise UserError("--workers needs --augment rotate-crop-flip: no other augmentation asks for any")
+    if endless and given.get("teacher_cache", "auto") not in ("auto", "live"):
+        raise UserError(f"--teacher-cache {given['teacher_cache']}: {given['augment']} has no end of views to keep; use live")
     if given.get("nesterov") and given.get("momentum") == 0:
         raise UserError("--nesterov needs a --momentum above 0")
 

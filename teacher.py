@@ -262,11 +262,12 @@ def _filled(rows):
 def attach_table(teacher, split, augment, mode, checkpoint_path, epochs, say):
     """Decide how the teacher's logits are had, say why, and give the teacher its table where it gets one."""
     views = augmentation.VIEWS[augment]
-    if views is None or teacher.needs_features:
-        why = "this method looks at features, and the table holds logits" if views else f"{augment} has no end of views to keep"
+    if views is None:
+        return say(f"logits    live: {augment} has no end of views to keep")
+    if teacher.needs_features:
         if mode not in ("auto", "live"):
-            raise UserError(f"--teacher-cache {mode}: {why}; use live")
-        return say(f"logits    live: {why}")
+            raise UserError(f"--teacher-cache {mode}: this method looks at features, and the table holds logits; use live")
+        return say("logits    live: the method looks at the teacher's features")
     dtype = table_dtype(views)
     size = dtype.itemsize * len(split) * views * len(split.classes)
     folder = _folder(checkpoint_path)

@@ -194,7 +194,7 @@ class Session:
 
     def restore(self, file):
         contents = checkpoint.read(file)
-        self.student.load_state_dict(contents["model_state_dict"])
+        model_factory.load_weights(self.student, contents["model_state_dict"])
         self.optimizer.load_state_dict(contents["optimizer_state_dict"])
         self.method.load_state_dict(contents["method_state_dict"])
         self.epoch, self.step, self.best = contents["epoch"], contents["step"], contents["best"]
