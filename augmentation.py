@@ -45,11 +45,12 @@ def endless(image, view, size):
     """
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(int(view))
-        return _transforms(size)(image)
+        return transforms(size)(image)
 
 
 @functools.cache
-def _transforms(size):
+def transforms(size):
+    """Torchvision's own, for uint8 tensors (3, H, W)."""
     from torchvision.transforms import InterpolationMode, v2
 
     return v2.Compose([v2.RandomRotation(30, InterpolationMode.BILINEAR), v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])

@@ -185,6 +185,7 @@ class _Endless(torch.utils.data.Dataset):
 
     def __init__(self, split):
         self.files, self.images, self.size = split.files, None if split.files else split.images.cpu(), split.image_size
+        augmentation.transforms(self.size)  # imported once, not by every worker of every epoch
 
     def __getitem__(self, place):
         row, view = place
