@@ -86,6 +86,15 @@ def fail(program, error, status):
     return status
 
 
+def download(description):
+    """The arguments of data_loader.py, which imports torch: read before."""
+    parser = Parser(description)
+    fetched = [name for name in names.DATASETS if name.startswith("cifar")]
+    parser.add_argument("--download", nargs="+", choices=fetched, required=True, help="data sets to fetch where they are absent")
+    parser.add_argument("--dataset-dir", default="./data", metavar="DIR", help="where to (default: ./data)")
+    return parser.parse_args()
+
+
 # ------------------------------------------------------------------------------------------------ spellings
 def checked(check):
     """A UserError inside an argument's type, as argparse wants it told."""

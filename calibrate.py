@@ -23,13 +23,14 @@ def build_parser():
     add = parser.flag
     add(parser, "--networks", nargs="+", type=arguments.network, required=True, metavar="NAME", help="what to measure")
     add(parser, "--dataset", type=arguments.dataset, required=True, metavar="NAME", help=" ".join(names.DATASETS))
+    add(parser, "--image-size", type=number(int, minimum=8), metavar="N", help="as in train.py")
     add(parser, "--batch-size", type=number(int, minimum=1), default=128, metavar="N", help="images a step")
     add(parser, "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="as in train.py")
     add(parser, "--cuda", type=arguments.cuda, metavar="N", help="1 or yes, 0 or no (without the flag: a GPU if there is one)")
     return parser
 
 
-def measure(name, data, batch_size, precision, device):
+def measure(name, data, image_size, batch_size, precision, device):
     import torch
 
     import data_loader
@@ -39,8 +40,9 @@ def measure(name, data, batch_size, precision, device):
 
     images = torch.randint(256, (8 * batch_size, 3, 32, 32), dtype=torch.uint8)
     labels = torch.arange(len(images)) % data.classes
-    split = data_loader.Split("random", images, labels, tuple(range(data.classes)), data.mean, data.std).to(torch.device(device))
-    network = model_factory.create_network(name, data.classes).to(device, memory_format=torch.channels_last)
+    classes = tuple(range(data.classes))
+    split = data_loader.Split("random", images, labels, classes, data.mean, data.std, image_size).to(torch.device(device))
+    network = model_factory.create_network(name, data.classes, split.image_size).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9, nesterov=True, fused=True)
 
     def train(seconds):
@@ -72,6 +74,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         device = arguments.device_name(args.cuda)
+        if names.DATASETS[args.dataset].classes is None:
+            raise UserError(f"--dataset {args.dataset}: only data sets of a known size can be measured")
     except UserError as error:
         parser.error(str(error))
     import torch
@@ -83,7 +87,7 @@ def main(argv=None):
         precision = "bf16" if training.native_bf16(torch.device(device)) else "fp32"
     for name in args.networks:
         batch_size = args.batch_size or parser.defaults["batch_size"]
-        print(json.dumps(measure(name, names.DATASETS[args.dataset], batch_size, precision, device)), flush=True)
+        print(json.dumps(measure(name, names.DATASETS[args.dataset], args.image_size, batch_size, precision, device)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,55 @@
-"""Names -> splits -> batches: whole data sets as uint8 tensors on the device, cut into batches by seeded generators.
+#!/usr/bin/env python3
+"""Names -> splits -> batches: whole data sets as uint8 tensors, on the device where they fit, cut into batches by seeded generators.
 
     train, test = load("cifar100", "data")
     for batch in train_batches(train, 128, "crop-flip", seed=1, epoch=0): ...     # Batch(index, views, images, labels)
 
+  python3 data_loader.py --download cifar10 cifar100 --dataset-dir data      fetch them now, as on a cluster's login node
+
 Order and views come from two generators seeded by (seed, epoch), so any epoch can be rebuilt alone, from any step on, on any
-device. Legend: N images of a split, B of a batch, H W their size.
+device. Folders of images are decoded once, at the size that networks get, into one file that is mapped into memory, so that they
+need not fit there; views without end are made of the original files, by worker processes.
+Legend: N images of a split, B of a batch, H W their size.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib
 import os
+import signal
 import socket
-import zipfile
+import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
+import names
+
+if __name__ == "__main__":  # before torch is imported: a mistake in the arguments is answered at once
+    import arguments
+
+    ARGUMENTS = arguments.download(__doc__)
+    with arguments.requirements("data_loader.py"):
+        importlib.import_module("torchvision.datasets")
+
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 import augmentation
 import checkpoint
 import kernels
-import names
 from files import locked, replacing
 from names import UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Labelled images, whole and on one device."""
+    """Labelled images, whole and on one device; on the host where a GPU has no room for them."""
 
     name: str  # such as "cifar100/train"
     images: torch.Tensor  # uint8 (N, 3, H, W)
@@ -39,15 +57,34 @@ class Split:
     classes: tuple  # class names, by label
     mean: tuple  # per channel, of pixels in 0..1
     std: tuple
+    size: int | None = None  # height and width that networks get, where not H and W
+    files: tuple = ()  # the original images, where they came from files
 
     def __len__(self):
         return len(self.labels)
 
+    @property
+    def device(self):
+        """Where batches are."""
+        return self.labels.device
+
+    @property
+    def image_size(self):
+        return self.size or self.images.shape[-1]
+
     def to(self, device):
-        return dataclasses.replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        device = torch.device(device)
+        fits = device.type != "cuda" or self.images.nbytes < 0.6 * torch.cuda.mem_get_info(device)[0]
+        images = self.images.to(device) if fits else self.images
+        return dataclasses.replace(self, images=images, labels=self.labels.to(device))
+
+    def take(self, index):
+        """uint8 (B, 3, H, W): the images of these rows, on the device."""
+        return self.images[index.to(self.images.device)].to(self.device)
 
     def subset(self, index, name):
-        return dataclasses.replace(self, name=name, images=self.images[index], labels=self.labels[index])
+        files = tuple(self.files[row] for row in torch.arange(len(self))[index].tolist()) if self.files else ()
+        return dataclasses.replace(self, name=name, images=self.images[index], labels=self.labels[index], files=files)
 
     def digest(self):
         """Of the pixels and labels: what a table of logits is bound to."""
@@ -113,18 +150,22 @@ class EpochPlan(NamedTuple):
 def epoch_plan(split, augment, seed, epoch):
     """Every image once, in an order and under views drawn on the CPU: the same on every device, from (seed, epoch) alone."""
     order = torch.randperm(len(split), generator=generator(seed, epoch, "order"))
-    views = torch.randint(augmentation.VIEWS[augment], (len(split),), generator=generator(seed, epoch, "views"))
-    return EpochPlan(order.to(split.images.device), views.to(split.images.device))
+    views = torch.randint(augmentation.VIEWS[augment] or 2**62, (len(split),), generator=generator(seed, epoch, "views"))
+    return EpochPlan(order.to(split.device), views.to(split.device))
 
 
-def train_batches(split, batch_size, augment, seed, epoch, first_step=0, rank=0, size=1):
-    """The batches of one epoch from `first_step` on, the last partial one included; of each, the part of process `rank`."""
+def train_batches(split, batch_size, augment, seed, epoch, first_step=0, rank=0, size=1, workers=0):
+    """The batches of one epoch from `first_step` on, the last partial one included; of each, the part of process `rank`.
+
+    Endless views are made by `workers` processes, the same pixels by any number of them; 0 makes them here.
+    """
     plan = epoch_plan(split, augment, seed, epoch)
-    for rows, part in train_parts(len(split), batch_size, first_step, rank, size):
+    parts = list(train_parts(len(split), batch_size, first_step, rank, size))
+    made = _made_elsewhere(split, plan, [rows for rows, _ in parts], workers) if augmentation.VIEWS[augment] is None else None
+    for rows, part in parts:
         index, views = plan.order[rows], plan.views[rows]
-        batch = (Batch if part is None else PartialBatch)(
-            index, views, augmentation.apply(augment, split.images[index], views), split.labels[index]
-        )
+        images = next(made).to(split.device) if made else augmentation.apply(augment, split.take(index), views)
+        batch = (Batch if part is None else PartialBatch)(index, views, images, split.labels[index])
         if part:
             batch.part = part
         yield batch
@@ -141,17 +182,59 @@ def train_parts(images, batch_size, first_step=0, rank=0, size=1):
             yield slice(start + part.start, start + part.stop), part
 
 
+class _Endless(torch.utils.data.Dataset):
+    """The pixels of (row, view) where views have no end: of the original file, or of the split's own image."""
+
+    def __init__(self, split):
+        self.files, self.images, self.size = split.files, None if split.files else split.images.cpu(), split.image_size
+        augmentation.transforms(self.size)  # imported once, not by every worker of every epoch
+
+    def __getitem__(self, place):
+        row, view = place
+        image = np.array(_upright_rgb(self.files[row])[0]).transpose(2, 0, 1) if self.files else self.images[row]
+        return augmentation.endless(torch.as_tensor(image), view, self.size)
+
+
+def _made_elsewhere(split, plan, steps, workers):
+    """Iterator of uint8 (B, 3, H, W) for each step (a slice of the plan), from torch's DataLoader."""
+    places = list(zip(plan.order.tolist(), plan.views.tolist(), strict=True))
+    return iter(torch.utils.data.DataLoader(
+        _Endless(split), batch_sampler=[places[rows] for rows in steps], num_workers=workers, worker_init_fn=_deaf,
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # its own: PyTorch's global one goes on as if there were no loader
+    ))  # fmt: skip
+
+
+def _deaf(_worker):
+    """What asks the run to stop is for its own process alone, which then ends its workers."""
+    for number in checkpoint.StopSignals.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def usual_workers():
+    """Processes that make endless views where the user names no number."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
 def evaluation_batches(split, batch_size=500):
     """(images, labels) in their order, every image once, the last partial batch included."""
     for start in range(0, len(split), batch_size):
-        yield split.images[start : start + batch_size], split.labels[start : start + batch_size]
+        yield split.images[start : start + batch_size].to(split.device), split.labels[start : start + batch_size]
 
 
-def normalise(images, mean, std, dtype=torch.float32):
-    """uint8 (B, 3, H, W) -> channels last: (pixel / 255 - mean) / std, as torchvision's ToTensor and Normalize, rounded to `dtype`."""
+def normalise(images, mean, std, size=None, dtype=torch.float32):
+    """uint8 (B, 3, H, W) -> channels last: (pixel / 255 - mean) / std, as torchvision's ToTensor and Normalize, rounded to `dtype`.
+
+    Images of another height and width than `size` are resized before, bilinearly and without aliasing.
+    """
     scale_shift, table = _constants(tuple(mean), tuple(std), dtype, images.device)
-    looked_up = kernels.look_up(images, table)
-    return _scaled(images, scale_shift, dtype) if looked_up is None else looked_up
+    if size not in (None, images.shape[-1]):
+        images = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
+    else:
+        looked_up = kernels.look_up(images, table)
+        if looked_up is not None:
+            return looked_up
+    return _scaled(images, scale_shift, dtype)
 
 
 def _scaled(images, scale_shift, dtype):
@@ -171,28 +254,38 @@ def _constants(mean, std, dtype, device):
 
 
 # ------------------------------------------------------------------------------------------------ data sets
-def load(name, dataset_dir="data", download=True, say=lambda line: None):
-    """(train, test) splits of a data set, on the CPU.
+def load(name, dataset_dir="data", download=True, say=lambda line: None, image_size=None):
+    """(train, test) splits of a data set, on the CPU; networks get images of `image_size` (None: the data set's usual one).
 
     Looked for in this order: torchvision's layout in `dataset_dir`, class folders in `dataset_dir/<name>`, and the network if
-    `download`. `say` receives lines for the user. Whatever is missing or damaged is a UserError that says what to do.
+    `download`; of the data set `folder`, `dataset_dir` itself holds the class folders. `say` receives lines for the user. Whatever
+    is missing or damaged is a UserError that says what to do.
     """
-    name = names.dataset(name)
-    dataset_dir = Path(dataset_dir)
+    splits = load_parts(name, dataset_dir, download, say, image_size)
+    return splits["train"], splits["test"]
+
+
+def load_parts(name, dataset_dir, download=True, say=lambda line: None, image_size=None):
+    """As `load`, {"train": split, "test": split}, and "validation" of a folder that has `val` and `test`."""
+    name, dataset_dir = names.dataset(name), Path(dataset_dir)
+    spec, files = names.DATASETS[name], {}
+    size = image_size or spec.image_size
     if name == "digits":
         arrays, classes = _digits()
+    elif name == "folder":
+        arrays, classes, files = _class_folders(name, dataset_dir, size, say)
     elif (dataset_dir / TORCHVISION_FOLDERS[name]).is_dir():
         _wait_for_unpacking(name, dataset_dir, say)
         arrays, classes = _torchvision(name, dataset_dir, download=False)
     elif (dataset_dir / name).is_dir():
-        arrays, classes = _class_folders(name, dataset_dir / name, say)
+        arrays, classes, _ = _class_folders(name, dataset_dir / name, spec.image_size, say)
     else:
         arrays, classes = _downloaded(name, dataset_dir, download, say)
-    spec = names.DATASETS[name]
-    return tuple(
-        Split(f"{name}/{part}", torch.from_numpy(images), torch.from_numpy(labels), classes, spec.mean, spec.std)
+    mean, std = (spec.mean, spec.std) if size == spec.image_size else (names.IMAGENET_MEAN, names.IMAGENET_STD)
+    return {
+        part: Split(f"{name}/{part}", torch.from_numpy(images), torch.from_numpy(labels), classes, mean, std, size, files.get(part, ()))
         for part, (images, labels) in arrays.items()
-    )
+    }
 
 
 def class_order(names_in_file, classes):
@@ -213,19 +306,31 @@ def held_out(train, amount):
     count = round(amount * len(train)) if amount < 1 else int(amount)
     if not 0 < count < len(train):
         raise UserError(f"--validation-split {amount:g} leaves {len(train) - count} of {len(train)} images to train on")
-    shuffled = torch.randperm(len(train), generator=generator(0, 0, "validation"))
-    # Rank of each image within its class, as a share: the smallest shares of every class are held out.
-    by_class = shuffled[train.labels[shuffled].argsort(stable=True)]
-    sizes = torch.bincount(train.labels, minlength=len(train.classes))
-    starts = sizes.cumsum(0) - sizes
-    ordered = train.labels[by_class]
-    share = (torch.arange(len(train)) - starts[ordered]) / sizes[ordered]
-    chosen = by_class[share.argsort(stable=True)]
+    chosen = _evenly(train)
     prefix = train.name.split("/")[0]
     return (
         train.subset(chosen[count:].sort().values, f"{prefix}/train-{len(train) - count}"),
         train.subset(chosen[:count].sort().values, f"{prefix}/validation-{count}"),
     )
+
+
+def fewer(train, count):
+    """`count` of the training images, taken evenly from the classes, the same ones whatever the seed."""
+    if count > len(train):
+        raise UserError(f"--train-images {count}: there are {len(train)} images to train on")
+    return train.subset(_evenly(train)[:count].sort().values, f"{train.name.split('/')[0]}/train-{count}")
+
+
+def _evenly(train):
+    """All rows in an order whose every beginning has the classes in their proportions."""
+    shuffled = torch.randperm(len(train), generator=generator(0, 0, "validation"))
+    # Rank of each image within its class, as a share: the smallest shares of every class come first.
+    by_class = shuffled[train.labels[shuffled].argsort(stable=True)]
+    sizes = torch.bincount(train.labels, minlength=len(train.classes))
+    starts = sizes.cumsum(0) - sizes
+    ordered = train.labels[by_class]
+    share = (torch.arange(len(train)) - starts[ordered]) / sizes[ordered]
+    return by_class[share.argsort(stable=True)]
 
 
 def _digits():
@@ -305,101 +410,210 @@ def _downloaded(name, dataset_dir, download, say):
 
 
 # ------------------------------------------------------------------------------------------- class folders
-CACHE_NAME = "takd-decoded.npz"
+CACHE_NAME = "takd-decoded"
 
 
-def _class_folders(name, folder, say):
-    """`<folder>/{train,test}/<class>/<image>`, sorted by name, decoded once and then read from one array file."""
-    spec = names.DATASETS[name]
-    listings = {part: _listing(folder / part, spec.classes, name) for part in ("train", "test")}
-    classes = tuple(listings["train"])
-    if classes != tuple(listings["test"]):
-        differ = sorted(set(classes) ^ set(listings["test"]))
-        raise UserError(f"{folder}: train and test hold different classes ({', '.join(differ[:5])})")
+def folder_digest(folder):
+    """Of the names and sizes of a folder's images: what a run on them is bound to, wherever the folder lies."""
+    return _signature(folder, _listings("folder", Path(folder)), times=False)
+
+
+def _class_folders(name, folder, size, say):
+    """`<folder>/{train,test}/<class>/<image>`, sorted by name, decoded once and then mapped from one array file.
+
+    Returns ({part: (images, labels)}, classes, {part: files}). Images of `folder` are brought to size x size, of the others they
+    must have it.
+    """
+    spec, listings = names.DATASETS[name], _listings(name, folder)
     expected = {"train": spec.train_images, "test": spec.test_images}
     for part, listing in listings.items():
         count = sum(map(len, listing.values()))
-        if count != expected[part]:
+        if spec.classes and count != expected[part]:
             say(f"warning: {folder / part} holds {count} images, the original {name} {expected[part]}")
-    signature = _signature(listings)
-    cache = folder / CACHE_NAME
-    arrays = _read_cache(cache, signature)
-    if arrays is None:
-        say(f"decoding {folder} (once; kept in {cache})")
-        arrays = {part: _decode(listing) for part, listing in listings.items()}
-        _write_cache(cache, signature, arrays, say)
-    return arrays, classes
+    paths = {part: tuple(path for files in listing.values() for path, _, _ in files) for part, listing in listings.items()}
+    cache = folder / f"{CACHE_NAME}-{size}-{_signature(folder, listings)}.npy"
+    images = _decoded([path for part in paths.values() for path in part], cache, size, name == "folder", say)
+    arrays, start = {}, 0
+    for part, listing in listings.items():
+        labels = np.repeat(np.arange(len(listing)), [len(files) for files in listing.values()]).astype(np.int64)
+        arrays[part] = images[start : start + len(labels)], labels
+        start += len(labels)
+    return arrays, tuple(listings["train"]), paths
+
+
+def _listings(name, folder):
+    """{part: {class: [(path, size, mtime)]}}; of `folder`, val stands in for an absent test, and selects the epoch beside one."""
+    places = {"train": folder / "train", "test": folder / "test"}
+    if name == "folder" and (folder / "val").is_dir():
+        places["validation" if places["test"].is_dir() else "test"] = folder / "val"
+    listings = {part: _listing(place, names.DATASETS[name].classes, name) for part, place in places.items()}
+    for part, listing in listings.items():
+        if differ := sorted(set(listings["train"]) ^ set(listing)):
+            raise UserError(f"{folder}: train and {places[part].name} hold different classes ({', '.join(differ[:5])})")
+    return listings
 
 
 def _listing(part, expected_classes, name):
-    """{class: [(path, size, mtime)]}, classes and images sorted by name."""
+    """{class: [(path, size, mtime)]}, classes and images sorted by name, in folders of any depth as torchvision's ImageFolder."""
     from PIL import Image
 
     if not part.is_dir():
-        raise UserError(f"{part} does not exist; class folders are <dir>/{name}/train/<class>/<image> and .../test/...")
+        layout = "<dir>/{train,test} with --dataset-dir <dir> (test or val)" if name == "folder" else f"<dir>/{name}/{{train,test}}"
+        raise UserError(f"{part} does not exist; class folders are {layout}, and in each <class>/<image>")
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     listing = {}
-    endings = Image.registered_extensions()
     for entry in sorted(os.scandir(part), key=lambda entry: entry.name):
         if entry.is_dir() and not entry.name.startswith("."):
-            files = [file for file in os.scandir(entry.path) if os.path.splitext(file.name)[1].lower() in endings]
-            files.sort(key=lambda file: file.name)
-            listing[entry.name] = [(file.path, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    if len(listing) != expected_classes:
+            inside = [os.path.join(base, file) for base, _, files in os.walk(entry.path, followlinks=True) for file in files]
+            images = [path for path in inside if os.path.splitext(path)[1].lower() in endings]
+            listing[entry.name] = [_stamped(path) for path in sorted(images) if not os.path.basename(path).startswith(".")]
+    if expected_classes and len(listing) != expected_classes:
         raise UserError(f"{part} holds {len(listing)} class folders, {name} has {expected_classes}")
+    if len(listing) < 2:
+        raise UserError(f"{part} holds {len(listing)} class folders; two classes or more can be told apart")
     if empty := [label for label, files in listing.items() if not files]:
         raise UserError(f"{part} has classes without an image: {', '.join(empty[:5])}")
     return listing
 
 
-def _signature(listings):
+def _stamped(path):
+    with contextlib.suppress(OSError):  # a link to nowhere: the decoder will name it
+        status = os.stat(path)
+        return path, status.st_size, status.st_mtime_ns
+    return path, 0, 0
+
+
+def _signature(folder, listings, times=True):
     """Of names, sizes and times of all files: a changed folder is decoded anew."""
     hasher = hashlib.blake2b(digest_size=16)
     for part, listing in listings.items():
         for label, files in listing.items():
             for path, size, modified in files:
-                hasher.update(f"{part}/{label}/{os.path.basename(path)} {size} {modified}\n".encode())
+                hasher.update(f"{part}/{label}/{os.path.relpath(path, folder)} {size} {modified if times else ''}\n".encode())
     return hasher.hexdigest()
 
 
-def _decode(listing):
-    """uint8 (N, 3, 32, 32) and int64 (N,): in threads, as Pillow decodes outside Python's lock."""
-    paths = [path for files in listing.values() for path, _, _ in files]
-    labels = np.repeat(np.arange(len(listing)), [len(files) for files in listing.values()]).astype(np.int64)
-    images = np.empty((len(paths), 3, 32, 32), np.uint8)
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        faults = [fault for fault in pool.map(_decode_one, paths, images, chunksize=256) if fault]
-    if faults:
-        raise UserError(f"{len(faults)} of {len(paths)} images cannot be used, first {faults[0]}; mend or remove them")
-    return images, labels
-
-
-def _decode_one(path, target):
-    """Fill `target` (3, 32, 32) from a file; returns what is wrong with it, if anything is."""
-    from PIL import Image, UnidentifiedImageError
-
+def _decoded(paths, cache, size, resize, say):
+    """uint8 (N, 3, size, size), mapped from the file `cache`, which is made first where it is absent or damaged."""
+    shape = (len(paths), 3, size, size)
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        images = np.load(cache, mmap_mode="c")
+        if (images.shape, images.dtype) == (shape, np.uint8):
+            return images
+    say(f"decoding {len(paths)} images of {cache.parent} (once; kept in {cache})")
     try:
-        with Image.open(path) as image:
-            if image.size != (32, 32):
-                return f"{path} ({image.width}x{image.height} pixels, expected 32x32)"
-            target[:] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        return f"{path} ({str(error).splitlines()[0][:80]})"
-    return None
-
-
-def _read_cache(cache, signature):
-    """The decoded arrays, or None where the file is absent, damaged or of another folder's state."""
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        with np.load(cache, allow_pickle=False) as file:
-            if str(file["signature"]) == signature:
-                return {part: (file[f"{part}_images"], file[f"{part}_labels"]) for part in ("train", "test")}
-    return None
-
-
-def _write_cache(cache, signature, arrays, say):
-    named = {f"{part}_{kind}": array for part, pair in arrays.items() for kind, array in zip(("images", "labels"), pair, strict=True)}
-    try:
-        with replacing(cache) as temporary, open(temporary, "wb") as file:
-            np.savez(file, signature=signature, **named)
-    except OSError as error:  # a read-only share: the next start decodes again
+        with replacing(cache) as temporary:
+            images = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+            with open(temporary, "r+b") as file:  # all of its place now: a mapped file on a full disk would end the process
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
+            _decode(paths, images, resize, say)
+            images.flush()
+        for old in cache.parent.glob(f"{CACHE_NAME}-{size}-*.npy"):
+            if old != cache:
+                old.unlink(missing_ok=True)
+        return np.load(cache, mmap_mode="c")
+    except OSError as error:  # a read-only share, a full disk: the next start decodes again
+        needed, free = int(np.prod(shape)), _free_memory()
+        if needed > 0.9 * free:
+            raise UserError(
+                f"{cache} cannot be written ({error.strerror}), and the images need {needed / 1e9:.1f} GB of memory, of which "
+                f"{free / 1e9:.1f} GB are free; make room there, or give a smaller --image-size"
+            ) from None
         say(f"warning: {cache} cannot be written ({error.strerror}): every start will decode the images")
+    images = np.empty(shape, np.uint8)
+    _decode(paths, images, resize, say)
+    return images
+
+
+def _free_memory():
+    """Bytes that processes may still take."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def _decode(paths, target, resize, say):
+    """Fill `target` (N, 3, H, W) from files, in threads, as Pillow decodes outside Python's lock.
+
+    Says what had to be converted. Raises a UserError that counts and names the files that cannot be used.
+    """
+    faults, converted, told = [], collections.defaultdict(list), time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, (fault, kinds) in enumerate(pool.map(_decode_one, paths, target, [resize] * len(paths))):
+            faults += [fault] if fault else []
+            for kind in kinds:
+                converted[kind].append(paths[done])
+            if time.monotonic() - told > 60:
+                told = time.monotonic()
+                say(f"decoded {done + 1} of {len(paths)} images")
+    if faults:
+        shown = "; ".join(faults[:3]) + ("; ..." if len(faults) > 3 else "")
+        raise UserError(f"{len(faults)} of {len(paths)} images cannot be used, first {shown}; mend or remove them")
+    for kind, files in converted.items():
+        say(f"images    {len(files)} {kind} (first {files[0]})")
+
+
+def _decode_one(path, target, resize):
+    """Fill `target` (3, H, W) from a file. Returns (what is wrong with it, or None; what had to be converted, a list)."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    size = target.shape[:0:-1]
+    try:
+        image, kinds = _upright_rgb(path)
+        if resize:  # the middle square: the whole of the shorter side
+            image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+        elif image.size != size:
+            return f"{path} ({image.width}x{image.height} pixels, expected {size[0]}x{size[1]})", ()
+        target[:] = np.asarray(image).transpose(2, 0, 1)
+    except UnidentifiedImageError:
+        return f"{path} (not an image)", ()
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        return f"{path} ({(str(error).splitlines() or [type(error).__name__])[0][:80]})", ()
+    return None, kinds
+
+
+def _upright_rgb(path):
+    """(an image file's first picture, RGB and turned as its EXIF says; what had to be converted, a list).
+
+    Transparency is put on white. 16-bit grey is scaled to 8 bits, which Pillow's own conversion would clip.
+    """
+    from PIL import Image, ImageOps
+
+    kinds = []
+    with Image.open(path) as image:
+        image.load()
+        if image.getexif().get(0x0112, 1) != 1:  # Orientation
+            image = ImageOps.exif_transpose(image)
+            kinds.append("turned as their EXIF says")
+        if image.mode.startswith("I"):
+            pixels = np.asarray(image)
+            if pixels.min() < 0 or pixels.max() > 65535:
+                raise ValueError("32-bit pixels")
+            image = Image.fromarray((pixels / 257).round().astype(np.uint8))
+            kinds.append("of 16 bits, scaled to 8")
+        elif image.mode == "F":
+            raise ValueError("floating-point pixels")
+        elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            kinds.append("with transparency, put on white")
+        elif image.mode != "RGB":
+            kinds.append(f"of mode {image.mode}, converted to RGB")
+        return image.convert("RGB"), kinds
+
+
+def main(args):
+    """Download what is not there, and say where it is."""
+    for name in args.download:
+        train, test = load(name, args.dataset_dir, say=print)
+        folder = Path(args.dataset_dir)
+        place = next(path for path in (folder / TORCHVISION_FOLDERS[name], folder / name) if path.is_dir())
+        print(f"{name} is in {place}: {len(train)} images to train, {len(test)} to test, checked")
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGUMENTS)
+    except UserError as error:
+        sys.exit(arguments.fail("data_loader.py", error, 2))
+    except OSError as error:
+        sys.exit(arguments.fail("data_loader.py", error, 1))

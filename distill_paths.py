@@ -26,7 +26,7 @@ import runlog
 import settings
 import study
 from arguments import number
-from names import UserError
+from names import DATASETS, UserError
 
 HERE = Path(__file__).resolve().parent
 
@@ -169,6 +169,9 @@ def drawn_tree(paths):
 def known_costs(args, sizes, resolved):
     """{network: Cost} from earlier runs of this machine, else measured now; empty where neither works."""
     have = next(iter(resolved.values()))
+    if DATASETS[have["dataset"]].classes is None:
+        print("no estimate: how many images a folder holds is known when it is read\n")
+        return {}
     try:
         device = arguments.device_name(have.get("cuda"))
     except UserError as error:
@@ -179,6 +182,7 @@ def known_costs(args, sizes, resolved):
     if missing := [network for network in sizes if network in networks and network not in costs]:
         print(f"measuring {', '.join(missing)} for some seconds ...", flush=True)
         chosen = ["--dataset", have["dataset"], "--batch-size", have["batch_size"], "--precision", have["precision"]]
+        chosen += ["--image-size", have["image_size"]] if "image_size" in have else []
         command = [sys.executable, HERE / "calibrate.py", "--networks", *missing, *chosen, "--cuda", int(device == "cuda")]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode:

@@ -79,11 +79,11 @@ def train_epoch(student, method, teacher, optimizer, split, batches, sums, preci
     the last step is done.
     """
     student.train()
-    device = split.images.device
+    device = split.device
     indexed = getattr(method, "needs_index", False)
     started = time.perf_counter()
     for batch in batches:
-        images = data_loader.normalise(batch.images, split.mean, split.std, input_dtype(precision))
+        images = data_loader.normalise(batch.images, split.mean, split.std, split.image_size, input_dtype(precision))
         taught = teacher and teacher(batch, images)
         with autocast(device, precision):
             outputs = student.forward_features(images)
@@ -101,16 +101,17 @@ def train_epoch(student, method, teacher, optimizer, split, batches, sums, preci
 
 
 @torch.inference_mode()
-def predict(network, split, mean=None, std=None, precision="fp32", batch_size=500):
+def predict(network, split, mean=None, std=None, precision="fp32", batch_size=500, image_size=None):
     """float32 (N, C): the logits of a whole split in its order, the network in evaluation mode.
 
-    `mean` and `std` are the network's own normalisation where it differs from the split's.
+    `mean`, `std` and `image_size` are the network's own where they differ from the split's.
     """
     network.eval()
-    logits = []
-    for images, _ in data_loader.evaluation_batches(split, batch_size):
+    logits, size = [], image_size or split.image_size
+    # Larger images in smaller batches: a batch's activations grow with its pixels.
+    for images, _ in data_loader.evaluation_batches(split, max(1, batch_size * 64**2 // max(64, size) ** 2)):
         with autocast(images.device, precision):
-            logits.append(network(data_loader.normalise(images, mean or split.mean, std or split.std)).float())
+            logits.append(network(data_loader.normalise(images, mean or split.mean, std or split.std, size)).float())
     return torch.cat(logits)
 
 

@@ -42,6 +42,7 @@ def build_parser():
     add(parser, "--dataset", type=arguments.dataset, metavar="NAME",
         help=f"{' '.join(names.DATASETS)} (without: the one the file was trained on)")
     add(parser, "--dataset-dir", default="./data", metavar="DIR", help="where the data set is, or is downloaded to")
+    add(parser, "--image-size", type=arguments.number(int, minimum=8), metavar="N", help="of the networks, where the files do not say")
     add(parser, "--no-download", dest="download", action="store_const", const=False, help="never touch the network")
     add(parser, "--teacher-checkpoint", metavar="FILE", help="a teacher to compare with: agreement, and what the student saves")
     add(parser, "--teacher", type=arguments.network, metavar="NAME", help="the network in the teacher's file, where it does not say")
@@ -81,17 +82,18 @@ def evaluate(path, model, dataset, args, device, splits):
         import engine
         import model_factory
 
-    network, about = model_factory.load_network(path, model)
+    network, about = model_factory.load_network(path, model, args.image_size)
     dataset = dataset or about.get("dataset")
     if dataset is None:
         raise UserError(f"{path} does not say what it was trained on; name the data set with --dataset")
-    if dataset not in splits:
+    key = dataset, about["image_size"]
+    if key not in splits:
         download = args.download is not False
-        splits[dataset] = data_loader.load(dataset, args.dataset_dir, download, warn)[1].to(torch.device(device))
-    test = splits[dataset]
+        splits[key] = data_loader.load(dataset, args.dataset_dir, download, warn, about["image_size"])[1].to(torch.device(device))
+    test = splits[key]
     if about["classes"] != len(test.classes):
         raise UserError(f"{path} tells {about['classes']} classes apart, {dataset} has {len(test.classes)}")
-    network.to(test.images.device, memory_format=torch.channels_last)
+    network.to(test.device, memory_format=torch.channels_last)
     logits = engine.predict(network, test, about["mean"], about["std"])
     if order := data_loader.class_order(about.get("class_names"), test.classes):
         warn(f"note: {path} has the classes of {dataset} in another order: matched by name")

@@ -18,7 +18,6 @@ four. Legend: B batch, C classes, N images, D length of a vector. Losses are flo
 
 import contextlib
 import copy
-import importlib.util
 import inspect
 import traceback
 from pathlib import Path
@@ -27,6 +26,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import names
 from names import UserError
 
 
@@ -455,12 +455,7 @@ def find(name):
     """A method's class: a row of METHODS, or the class of a user's `file.py:Class`."""
     if name in METHODS:
         return METHODS[name]
-    path, _, spelled = name.rpartition(":")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    with _told_in_one_line(name):
-        spec.loader.exec_module(module)
-    return getattr(module, spelled)
+    return names.imported(name)
 
 
 def build(name, options, student, teacher, labels):

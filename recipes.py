@@ -38,6 +38,8 @@ RECIPES = {
         "resnet": Recipe(0.1, (1 / 2, 3 / 4), 1e-4, nesterov=True, augment="crop-flip"),
         # The paper says 0.1 throughout; its numbers are those of 0.01, and falling helps (measured: docs/recipes.md).
         "plane": Recipe(0.01, (1 / 2, 3 / 4), 1e-4, nesterov=True, augment="none"),
+        # Not the paper's. 0.01: torchvision's own rate for its networks without batch norm, and the usual one after --pretrained.
+        "other": Recipe(0.01, (1 / 2, 3 / 4), 1e-4, nesterov=True, augment="flip"),
     },
     "released-code": {
         # `epoch < int(epoch / 2.0)` is never true there, so its 0.1 is never used.
@@ -59,8 +61,8 @@ RECIPES = {
 
 
 def recipe(name, network):
-    """The settings of recipe `name` for a network (a canonical name)."""
-    return RECIPES[name][names.family(network)]
+    """The settings of recipe `name` for a network (a canonical name); for those that it says nothing of, what it says of ResNets."""
+    return RECIPES[name].get(names.family(network), RECIPES[name]["resnet"])
 
 
 def milestone_epochs(recipe, epochs):

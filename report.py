@@ -311,7 +311,8 @@ def cost_section(document, runs, price):
     for run in runs:
         if run.records:
             by_network.setdefault((run.config["dataset"], run.path[-1]), []).append(run)
-    ordered = sorted(by_network.items(), key=lambda entry: (entry[0][0], names.NETWORKS.index(entry[0][1])))
+    places = {name: place for place, name in enumerate(names.NETWORKS)}
+    ordered = sorted(by_network.items(), key=lambda entry: (entry[0][0], places.get(entry[0][1], len(places)), entry[0][1]))
     rows = []
     for (dataset, network), members in ordered:
         epochs = sum(len(run.records) for run in members)

@@ -9,7 +9,6 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import names
 import runlog
 import settings
 import study
@@ -172,8 +171,7 @@ class Study:
 
     def short(self, path):
         """A path in bare numbers where one family makes them plain."""
-        single = len(set(map(names.family, self.sizes))) == 1
-        return " > ".join(str(study.size(network)) if single else network for network in path)
+        return " > ".join(str(study.size(network)) if study.one_family(self.sizes) else network for network in path)
 
 
 def studies(runs):

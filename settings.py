@@ -17,7 +17,7 @@ from arguments import number
 from names import UserError
 
 # Settings that change where or how fast a run is made, not what comes out of it: a run may continue under other ones.
-INCIDENTAL = ("cuda", "dataset_dir", "download", "run_dir", "save_minutes", "teacher_cache", "teacher_checkpoint", "json")
+INCIDENTAL = ("cuda", "dataset_dir", "download", "run_dir", "save_minutes", "teacher_cache", "teacher_checkpoint", "json", "workers")
 NEED_TEACHER = ("teacher_checkpoint", "method", "method_option", "temperature", "lambda", "teacher_cache")
 OF_METHODS = ("temperature", "lambda")  # flags of their own for options that a method may have
 DEFAULT_SEED = 1
@@ -28,18 +28,26 @@ def build_parser(description=""):
     parser = arguments.Parser(description)
     group = parser.add_argument_group("networks")
     parser.flag(group, "--student", "--model", type=arguments.network, default="resnet8", metavar="NAME",
-                help=f"network to train: {' '.join(names.NETWORKS)}")
+                help=f"network to train: {' '.join(names.NETWORKS)}, {names.MORE_NETWORKS}")
     parser.flag(group, "--teacher", type=arguments.network, metavar="NAME", help="network to learn from (without one: labels only)")
     parser.flag(group, "--teacher-checkpoint", metavar="FILE", help="the teacher's weights (without: it is trained first)")
+    parser.flag(group, "--pretrained", action="store_const", const=True,
+                help="begin with torchvision's weights, the last layer new: a student, and a teacher trained first, of torchvision's")
     group = parser.add_argument_group("data")
     parser.flag(group, "--dataset", type=arguments.dataset, default="cifar100", metavar="NAME", help=" ".join(names.DATASETS))
     parser.flag(group, "--dataset-dir", default="./data", metavar="DIR",
-                help="where cifar-100-python or cifar100/{train,test}/<class>/ is, or is downloaded to")
+                help="where cifar-100-python or cifar100/{train,test}/<class>/ is, or is downloaded to; of --dataset folder, where "
+                "train/<class>/ and val or test are")
+    parser.flag(group, "--image-size", type=number(int, minimum=8, maximum=1024), metavar="N",
+                help="height and width that the networks get (default: 32, of a folder 224)")
+    parser.flag(group, "--train-images", type=number(int, minimum=1), metavar="N", help="only so many of them, evenly from the classes")
     parser.flag(group, "--download", action="store_const", const=True, help="fetch an absent data set (the default)")
     group.add_argument("--no-download", dest="download", action="store_const", const=False, help="never touch the network")
     parser.flag(group, "--validation-split", type=number(float, minimum=0), default=0.0, metavar="SHARE",
                 help="hold out this share (or number) of the training images and select the best epoch on them, not on the test set")
     parser.flag(group, "--augment", choices=("auto", *names.VIEWS), default="auto", help="auto takes the recipe's")
+    parser.flag(group, "--workers", type=number(int, minimum=0), metavar="N",
+                help="processes that make the views of rotate-crop-flip (default: one a core, at most 8)")
     group = parser.add_argument_group("distillation")
     parser.flag(group, "--method", type=arguments.method, default="kd", metavar="NAME",
                 help=f"{' '.join(names.methods())}, or a class of your own: my_file.py:MyClass")
@@ -147,6 +155,16 @@ def check_combinations(given, origins):
         raise UserError("--repeat is not for a tuner's trials: each is one run; let the search space choose seeds")
     if given.get("seed", DEFAULT_SEED) + given.get("repeat", 1) > 2**63:
         raise UserError(f"--repeat {given['repeat']}: seeds end at {2**63 - 1}")
+    if given.get("pretrained"):
+        trained_first = given.get("teacher") if "teacher_checkpoint" not in given else None
+        networks = [name for name in (given.get("student", "resnet8"), trained_first) if name]
+        if not any(map(names.torchvision_name, networks)):
+            raise UserError(f"--pretrained needs a network of torchvision's to train (resnet50, torchvision:NAME), not {' or '.join(networks)}")
+    endless = names.VIEWS.get(given.get("augment"), 1) is None
+    if "workers" in given and not endless:
+        raise UserError("--workers needs --augment rotate-crop-flip: no other augmentation asks for any")
+    if endless and given.get("teacher_cache", "auto") not in ("auto", "live"):
+        raise UserError(f"--teacher-cache {given['teacher_cache']}: {given['augment']} has no end of views to keep; use live")
     if given.get("nesterov") and given.get("momentum") == 0:
         raise UserError("--nesterov needs a --momentum above 0")
 
@@ -178,6 +196,8 @@ def method_options(given):
 def resolve(given, origins):
     """Every setting a run has, from what was given and the recipe: ({setting: value}, {setting: origin}), plain JSON values."""
     settings, origins = dict(given), dict(origins)
+    if settings.get("image_size") == names.DATASETS[given["dataset"]].image_size:  # the same run as without the flag
+        del settings["image_size"], origins["image_size"]
     recipe = recipes.recipe(given["recipe"], given["student"])
     from_recipe = dataclasses.asdict(recipe)
     if settings.get("momentum") == 0:

@@ -40,7 +40,7 @@ def check_sizes(sizes):
         )
     if repeated := [name for name in dict.fromkeys(sizes) if sizes.count(name) > 1]:
         raise UserError(f"{', '.join(repeated)} is among the sizes more than once; name each size once, the teacher first")
-    for family in dict.fromkeys(map(names.family, sizes)):
+    for family in dict.fromkeys(map(names.family, sizes)).keys() - {"other"}:  # whose numbers say nothing of size
         members = [name for name in sizes if names.family(name) == family]
         if members != (descending := sorted(members, key=size, reverse=True)):
             raise UserError(f"sizes go from the teacher down to the student: {' '.join(descending)}, not {' '.join(members)}")
@@ -51,8 +51,14 @@ def check_sizes(sizes):
 
 
 def size(network):
-    """The number in a network's name."""
-    return int(re.search(r"\d+", network)[0])
+    """The number in a network's name, 0 where there is none."""
+    return int((re.search(r"\d+", network) or "0")[0])
+
+
+def one_family(sizes):
+    """Whether the numbers alone tell the sizes apart, and which is the larger."""
+    families = set(map(names.family, sizes))
+    return len(families) == 1 and families != {"other"} and len(set(map(size, sizes))) == len(sizes)
 
 
 def named(word, sizes):
@@ -78,7 +84,7 @@ def sizes_among(texts):
     """The sizes of paths in whole names: one family's from the top down, else as the longest path has them, then the others."""
     paths = sorted((split_path(text, ()) for text in texts), key=len, reverse=True)
     sizes = list(dict.fromkeys(itertools.chain.from_iterable(paths)))
-    return [sizes[0], *sorted(sizes[1:], key=size, reverse=True)] if len(set(map(names.family, sizes))) == 1 else sizes
+    return [sizes[0], *sorted(sizes[1:], key=size, reverse=True)] if one_family(sizes) else sizes
 
 
 def choose_paths(sizes, texts):
@@ -125,7 +131,7 @@ class Step:
 
 def parse_step(text, sizes, parser):
     """`8:temperature=5,lambda=.15` as a Step; `parser` is train.py's, so that keys and values are checked as its flags are."""
-    ending, colon, pairs = text.partition(":")
+    ending, colon, pairs = text.rpartition(":")
     if not colon or not pairs:
         raise UserError(f"--set {text}: write size:setting=value,setting=value, such as {size(sizes[-1])}:temperature=5,lambda=.15")
     words = []
@@ -155,7 +161,7 @@ class Training:
 
     def __init__(self, folder, path, seed, given, teacher=None):
         self.path, self.seed, self.teacher = path, seed, teacher
-        self.name = "-".join((*path, f"seed{seed}"))
+        self.name = "-".join((*map(names.file_name, path), f"seed{seed}"))
         self.run = runlog.RunDirectory(Path(folder) / self.name)
         self.log = Path(folder) / "logs" / f"{self.name}.log"
         self._given = given
@@ -168,7 +174,7 @@ class Training:
     def checkpoint(self):
         """The best network's file: as the run's summary names it, or before there is one, as train.py will."""
         summary = self.run.read(self.run.summary_file)
-        expected = f"{self.path[-1]}_seed{self.seed}_best.pth.tar"
+        expected = f"{names.file_name(self.path[-1])}_seed{self.seed}_best.pth.tar"
         return self.run.path / (Path(summary["checkpoint"]).name if summary else expected)  # the folder may have been moved
 
     @property
@@ -233,7 +239,7 @@ class Cost:
 def measured_cost(line, resolved):
     """A line of calibrate.py as a Cost on this data set."""
     data = names.DATASETS[resolved["dataset"]]
-    training = data.train_images / line["train_images_per_second"]
+    training = resolved.get("train_images", data.train_images) / line["train_images_per_second"]
     return Cost(training + data.test_images / line["evaluation_images_per_second"], line["parameters"])
 
 
@@ -248,7 +254,7 @@ def earlier_costs(folders, resolved, device):
             continue
         if config and summary:
             environment = config["environment"]
-            same = all(config.get(key) == resolved[key] for key in ("dataset", "batch_size"))
+            same = all(config.get(key) == resolved.get(key) for key in ("dataset", "batch_size", "image_size", "train_images"))
             kind = "cpu" if environment["device"] == runlog.processor() else "cuda"
             if same and environment["host"] == platform.node() and kind == device:
                 found.setdefault(summary["model"], []).append(Cost(summary["seconds"] / summary["epochs"], summary["parameters"]))
@@ -272,9 +278,9 @@ def estimate(trainings, resolved, costs, jobs):
         student = next(training for training in trainings if training.teacher is teacher)
         have, data = resolved[student], names.DATASETS[resolved[student]["dataset"]]
         views = names.VIEWS[have["augment"]]
-        seen = views * (1 - (1 - 1 / views) ** have["epochs"])  # of the views, how many an image will have had
-        seconds[student] += min(have["epochs"], views) * costs[teacher.path[-1]].epoch_seconds / 3
-        disk += 2 * data.train_images * data.classes * seen
+        seconds[student] += min(have["epochs"], views or have["epochs"]) * costs[teacher.path[-1]].epoch_seconds / 3
+        if views:  # those that an image will have had are kept
+            disk += 2 * data.train_images * data.classes * views * (1 - (1 - 1 / views) ** have["epochs"])
     longest = {}
     for training in trainings:
         longest[training] = (0 if training.finished else seconds[training]) + longest.get(training.teacher, 0)

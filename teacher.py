@@ -39,17 +39,18 @@ class Teacher:
     """A network that answers and never learns: evaluation mode, no gradients, batch norm folded, scored before it teaches.
 
     teacher(batch, images) -> Logits or Features; `images` are the student's normalised images, used where the teacher's
-    normalisation is the same. `precision` is the arithmetic it teaches in; it is scored in float32.
+    normalisation and `image_size` are the same. `precision` is the arithmetic it teaches in; it is scored in float32.
     """
 
-    def __init__(self, network, mean, std, split, device, precision, needs_features=False):
+    def __init__(self, network, mean, std, split, device, precision, needs_features=False, image_size=None):
         device = torch.device(device)
+        self.image_size = image_size or split.image_size
         self.weights_digest = checkpoint.digest(network.state_dict())
-        self.exact = frozen(network, device, torch.float32)
-        self.network = frozen(network, device, torch.bfloat16) if precision == "bf16" else self.exact
+        self.exact = frozen(network, device, torch.float32, self.image_size)
+        self.network = frozen(network, device, torch.bfloat16, self.image_size) if precision == "bf16" else self.exact
         self.mean, self.std, self.precision, self.needs_features = tuple(mean), tuple(std), precision, needs_features
-        self.shares_normalisation = (self.mean, self.std) == (split.mean, split.std)
-        self.call_size = 128 if device.type == "cpu" else 2048
+        self.shares_normalisation = (self.mean, self.std, self.image_size) == (split.mean, split.std, split.image_size)
+        self.call_size = max(1, (128 if device.type == "cpu" else 2048) * 64**2 // max(64, self.image_size) ** 2)
         self.table = None
 
     def score(self, split, checkpoint_path, recorded_percent=None, say=lambda line: None):
@@ -61,7 +62,8 @@ class Teacher:
         try:
             accuracy = float(json.loads(file.read_text())["accuracy_percent"])
         except (OSError, ValueError, KeyError, TypeError):
-            accuracy = engine.score(engine.predict(self.exact, split, self.mean, self.std), split.labels)["accuracy_percent"]
+            logits = engine.predict(self.exact, split, self.mean, self.std, image_size=self.image_size)
+            accuracy = engine.score(logits, split.labels)["accuracy_percent"]
         if not accuracy > engine.chance_percent(split.labels):
             raise UserError(
                 f"the teacher scores {accuracy:.2f} % on {split.name}, no better than guessing: its file does not belong to this "
@@ -79,8 +81,9 @@ class Teacher:
         return accuracy
 
     def binding(self, split, *more):
-        """What a table or a score is bound to: weights, images and their order, normalisation."""
-        return checkpoint.digest(self.weights_digest, split.digest(), list(self.mean), list(self.std), *more)[:16]
+        """What a table or a score is bound to: weights, images and their order, normalisation, and the size they are brought to."""
+        resized = [self.image_size] if self.image_size != split.images.shape[-1] else []
+        return checkpoint.digest(self.weights_digest, split.digest(), list(self.mean), list(self.std), *resized, *more)[:16]
 
     def __call__(self, batch, images):
         if self.table is not None:
@@ -104,16 +107,16 @@ class Teacher:
         return torch.cat(logits)
 
     def _normalised(self, pixels):
-        return data_loader.normalise(pixels, self.mean, self.std, engine.input_dtype(self.precision))
+        return data_loader.normalise(pixels, self.mean, self.std, self.image_size, engine.input_dtype(self.precision))
 
 
-def frozen(network, device, dtype):
+def frozen(network, device, dtype, image_size=32):
     """A copy for answering only: batch norm folded into the convolutions and, on the CPU, ReLU and residual as well.
 
     Each step is taken only where the copy still gives the same logits, so a network of another build is merely slower.
     """
     best = copy.deepcopy(network).eval().requires_grad_(False)
-    probe = torch.rand(8, 3, 32, 32, generator=data_loader.generator(0, 0, "probe"))
+    probe = torch.rand(8, 3, image_size, image_size, generator=data_loader.generator(0, 0, "probe"))
     with torch.inference_mode():
         expected = best(probe)
     changes = {_fold: 1e-3, _pack: 1e-3 if dtype == torch.float32 else 5e-2}
@@ -123,7 +126,7 @@ def frozen(network, device, dtype):
             change(changed, dtype)
             with torch.inference_mode(), engine.autocast(torch.device("cpu"), "bf16" if change is _pack and tolerance > 1e-2 else "fp32"):
                 close = (changed(probe).float() - expected).norm() <= tolerance * expected.norm()
-        except (RuntimeError, AttributeError):  # a torch whose oneDNN operations differ
+        except (RuntimeError, AttributeError, TypeError):  # a torch whose oneDNN operations differ, a network that looks into its own
             break
         if not close:
             break
@@ -208,9 +211,8 @@ class LogitsTable:
         return bool(rows.isfinite().all()) and float((rows - fresh).norm() / fresh.norm()) < 0.1
 
     def _answer(self, index, views):
-        device = self.split.images.device
-        index, views = index.to(device), views.to(device)
-        return self.teacher.answer(augmentation.apply(self.augment, self.split.images[index], views))
+        index, views = index.to(self.split.device), views.to(self.split.device)
+        return self.teacher.answer(augmentation.apply(self.augment, self.split.take(index), views))
 
     def _ask(self, index, views):
         """The teacher's answers into the table. Beyond float16's range a logit becomes infinite, and the loss says so."""
@@ -251,8 +253,8 @@ class LogitsTable:
                 if time.monotonic() - told > 60:
                     told = time.monotonic()
                     say(f"table: view {view + 1} of {views}")
-        if self.split.images.device.type == "cuda":
-            self.resident = self.values.to(self.split.images.device)
+        if self.split.device.type == "cuda":
+            self.resident = self.values.to(self.split.device)
 
 
 def _filled(rows):
@@ -262,15 +264,17 @@ def _filled(rows):
 def attach_table(teacher, split, augment, mode, checkpoint_path, epochs, say):
     """Decide how the teacher's logits are had, say why, and give the teacher its table where it gets one."""
     views = augmentation.VIEWS[augment]
-    dtype = table_dtype(views)
-    size = dtype.itemsize * len(split) * views * len(split.classes)
-    folder = _folder(checkpoint_path)
-    path = folder / f"{augment}-{teacher.binding(split, augment)}.{dtype.name}"
-    on_gpu = split.images.device.type == "cuda"
+    if views is None:
+        return say(f"logits    live: {augment} has no end of views to keep")
     if teacher.needs_features:
         if mode not in ("auto", "live"):
             raise UserError(f"--teacher-cache {mode}: this method looks at features, and the table holds logits; use live")
         return say("logits    live: the method looks at the teacher's features")
+    dtype = table_dtype(views)
+    size = dtype.itemsize * len(split) * views * len(split.classes)
+    folder = _folder(checkpoint_path)
+    path = folder / f"{augment}-{teacher.binding(split, augment)}.{dtype.name}"
+    on_gpu = split.device.type == "cuda"
     if mode == "live":
         return say("logits    live: asked of the teacher for every batch")
     free, needed = _free_bytes(folder.parent), 0 if path.exists() else size

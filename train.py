@@ -20,6 +20,7 @@ from pathlib import Path
 
 import arguments
 import launcher
+import names
 import tuner
 from names import UserError
 from settings import DEFAULT_SEED, given_settings, identity_of, resolve
@@ -27,10 +28,12 @@ from settings import DEFAULT_SEED, given_settings, identity_of, resolve
 
 def teacher_settings(given, origins):
     """What the teacher's own run is given: the student's data, length, seed and recipe, but none of its optimiser flags."""
-    passed_on = ("dataset", "dataset_dir", "download", "validation_split", "augment", "recipe", "epochs", "batch_size", "cuda",
-                 "precision", "save_minutes")  # fmt: skip
+    passed_on = ("dataset", "dataset_dir", "download", "image_size", "train_images", "validation_split", "augment", "workers",
+                 "recipe", "epochs", "batch_size", "cuda", "precision", "save_minutes")  # fmt: skip
     settings = {key: given[key] for key in passed_on if key in given}
     settings["student"] = given["teacher"]
+    if "pretrained" in given and names.torchvision_name(given["teacher"]):
+        settings["pretrained"] = True
     # A tuner's seed is the student's: all of an experiment's trials learn from one teacher.
     settings["seed"] = given["seed"] if origins["seed"] != "tuner" else DEFAULT_SEED
     if "run_dir" in given:
@@ -48,6 +51,7 @@ def run(given, origins, device, console, signals, wait=False, world=None, whole=
     Raises UserError for what the user can mend, engine.Diverged where the loss is no longer finite, checkpoint.Stopped on a signal.
     """
     # torch and what imports it come here, after the arguments are known to be good.
+    import data_loader
     import parallel
     import runlog
     import training
@@ -66,6 +70,8 @@ def run(given, origins, device, console, signals, wait=False, world=None, whole=
         settings["teacher_checkpoint"], origins["teacher_checkpoint"] = made["checkpoint"], "its own run"
         console.say(f"Now the student {settings['student']}:")
     identity = identity_of(settings)
+    if settings["dataset"] == "folder":  # its name says nothing
+        identity["images"] = world.shared(lambda: data_loader.folder_digest(settings["dataset_dir"]))
     if "teacher" in settings:
         identity["teacher_weights"] = world.shared(lambda: training.weights_digest(settings["teacher_checkpoint"]))
     directory = runlog.RunDirectory(run_path(settings, identity))
@@ -116,7 +122,7 @@ def run_path(settings, identity):
         return Path(settings["run_dir"])
     chain = [settings["dataset"], *([settings["teacher"]] if "teacher" in settings else []), settings["student"]]
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=3).hexdigest()
-    return Path("runs") / f"{'-'.join(chain)}-seed{settings['seed']}-{digest}"
+    return Path("runs") / f"{'-'.join(map(names.file_name, chain))}-seed{settings['seed']}-{digest}"
 
 
 def main(argv=None):

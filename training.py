@@ -6,6 +6,7 @@ and processes a continued run ends with the same bits as an undisturbed one.
 """
 
 import contextlib
+import copy
 import time
 from pathlib import Path
 
@@ -58,14 +59,18 @@ class Session:
         if "teacher" in settings:
             self._load_teacher()
         torch.manual_seed(settings["seed"])
-        self.student = model_factory.create_network(settings["student"], len(self.train.classes))
+        self.student = model_factory.create_network(
+            settings["student"], len(self.train.classes), self.train.image_size,
+            pretrained=bool(settings.get("pretrained") and names.torchvision_name(settings["student"])),
+        )  # fmt: skip
         if "initialisation" in settings:
             model_factory.INITIALISATIONS[settings["initialisation"]](self.student)
+        self._check_smallest_batch()
         self.student.to(self.device, memory_format=torch.channels_last)
         self.method = losses.CrossEntropy()
         if self.teacher:  # after the student, whose first weights are then the same whatever the method
-            networks = self.student, self.teacher.exact
-            self.method = build_method(settings, *networks, self.train.labels, self.train.images[:2], self.train.mean, self.train.std)
+            teacher = self.teacher
+            self.method = build_method(settings, self.student, teacher.exact, self.train, (teacher.mean, teacher.std, teacher.image_size))
         self.method.to(self.device)
         self.optimizer = torch.optim.SGD(
             [*self.student.parameters(), *self.method.parameters()],
@@ -83,15 +88,35 @@ class Session:
     def _load_data(self):
         settings, say = self.settings, self.console.say
         download = settings.get("download", True)
-        self.train, self.test = data_loader.load(settings["dataset"], settings["dataset_dir"], download, say)
-        self.validation = None
+        splits = data_loader.load_parts(settings["dataset"], settings["dataset_dir"], download, say, settings.get("image_size"))
+        self.train, self.test, self.validation = splits["train"], splits["test"], splits.get("validation")
         if settings["validation_split"]:
+            if self.validation:
+                raise UserError(f"{settings['dataset_dir']} has a val folder, which selects the epoch; leave --validation-split away")
             self.train, self.validation = data_loader.held_out(self.train, settings["validation_split"])
+        if "train_images" in settings:
+            self.train = data_loader.fewer(self.train, settings["train_images"])
+        if self.validation:
             self.validation = self.validation.to(self.device)
         self.train, self.test = self.train.to(self.device), self.test.to(self.device)
         self.selection_split = "validation" if self.validation else "test"
         held = f", {len(self.validation)} held out to select the epoch" if self.validation else ""
-        say(f"data      {settings['dataset']}: {len(self.train)} images to train, {len(self.test)} to test{held}")
+        size = self.train.image_size
+        shown = f", {size}x{size}" if size != 32 else ""
+        say(f"data      {settings['dataset']}: {len(self.train)} images to train, {len(self.test)} to test{held}{shown}")
+
+    def _check_smallest_batch(self):
+        """One image has no variance where a network's maps have shrunk to one pixel: said now, not at an epoch's last step."""
+        size = self.settings["batch_size"]
+        if (len(self.train) % size or size) == 1:
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=()):
+                    copy.deepcopy(self.student).train()(torch.zeros(1, 3, self.train.image_size, self.train.image_size))
+            except ValueError:
+                raise UserError(
+                    f"--batch-size {size} leaves one of {len(self.train)} images for the last step, too few for the batch norm of "
+                    f"{self.settings['student']} at this --image-size; change one of them"
+                ) from None
 
     def _load_teacher(self):
         settings = self.settings
@@ -106,9 +131,12 @@ class Session:
                 f"{settings['teacher_checkpoint']} has the classes of {settings['dataset']} in another order than "
                 f"{settings['dataset_dir']}; train the teacher on these very folders"
             )
+        if settings["dataset"] == about.get("dataset") == "folder" and about["class_names"] != list(self.train.classes):
+            raise UserError(f"{settings['teacher_checkpoint']} knows other classes than {settings['dataset_dir']}: train its teacher there")
         self.teacher_about = about
         needs_features = getattr(losses.find(settings["method"]), "needs_features", True)
-        self.teacher = Teacher(network, about["mean"], about["std"], self.train, self.device, self.precision, needs_features)
+        self.teacher = Teacher(network, about["mean"], about["std"], self.train, self.device, self.precision, needs_features,
+                               about["image_size"])  # fmt: skip
         comparable = about.get("dataset", settings["dataset"]) == settings["dataset"]
         recorded = about.get("test_accuracy_percent") if comparable else None
         self.teacher_percent = self.teacher.score(self.test, settings["teacher_checkpoint"], recorded, self.console.say)
@@ -145,6 +173,7 @@ class Session:
             "model": self.settings["student"],
             "classes": len(self.train.classes),
             "class_names": list(self.train.classes),
+            "image_size": self.train.image_size,
             "dataset": self.settings["dataset"],
             "mean": list(self.train.mean),
             "std": list(self.train.std),
@@ -176,7 +205,7 @@ class Session:
 
     def restore(self, file):
         contents = checkpoint.read(file)
-        self.student.load_state_dict(contents["model_state_dict"])
+        model_factory.load_weights(self.student, contents["model_state_dict"])
         self.optimizer.load_state_dict(contents["optimizer_state_dict"])
         self.method.load_state_dict(contents["method_state_dict"])
         self.epoch, self.step, self.best = contents["epoch"], contents["step"], contents["best"]
@@ -187,21 +216,26 @@ class Session:
             torch.cuda.set_rng_state(contents["cuda_random_state"])
 
 
-def build_method(settings, student, teacher, labels, images, mean, std):
-    """The run's method for two networks: they show it their Features of two `images`, uint8 (2, 3, H, W), in evaluation mode."""
-    shown = []
-    for network in (student, teacher):
+def build_method(settings, student, teacher, split, teacher_sees):
+    """The run's method for two networks: they show it their Features of two of the split's images, in evaluation mode.
+
+    `teacher_sees`: mean, std and image size of the teacher's own.
+    """
+    images, shown = split.take(torch.arange(2)), []
+    for network, seen in ((student, (split.mean, split.std, split.image_size)), (teacher, teacher_sees)):
         with torch.no_grad():
-            shown.append(network.eval().forward_features(data_loader.normalise(images, mean, std)))
-    return losses.build(settings["method"], settings["method_options"], *shown, labels)
+            shown.append(network.eval().forward_features(data_loader.normalise(images, *seen)))
+    return losses.build(settings["method"], settings["method_options"], *shown, split.labels)
 
 
 def check_method(settings):
     """A UserError where the method cannot be had for these networks: told before a teacher is trained for it, on random weights."""
     data = names.DATASETS[settings["dataset"]]
-    networks = [model_factory.create_network(settings[key], data.classes) for key in ("student", "teacher")]
-    labels, images = torch.arange(2 * data.classes) % data.classes, torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    build_method(settings, *networks, labels, images, data.mean, data.std)
+    classes, size = data.classes or 10, settings.get("image_size", data.image_size)
+    labels, images = torch.arange(2 * classes) % classes, torch.zeros(2, 3, data.image_size, data.image_size, dtype=torch.uint8)
+    split = data_loader.Split("random", images, labels, tuple(range(classes)), data.mean, data.std, size)
+    networks = [model_factory.create_network(settings[key], classes, size) for key in ("student", "teacher")]
+    build_method(settings, *networks, split, (data.mean, data.std, size))
 
 
 # ------------------------------------------------------------------------------------------------ the epochs
@@ -229,7 +263,7 @@ def fit(session, directory, recorded, origins, identity, signals):
         world.in_turn(lambda: attach_table(session.teacher, session.train, settings["augment"], settings["teacher_cache"],
                                            settings["teacher_checkpoint"], settings["epochs"], console.say))  # fmt: skip
     learner, lesson = world.wrap(session.student, session.method)
-    name = f"{settings['student']}_{settings.get('trial', 'seed' + str(settings['seed']))}_best.pth.tar"
+    name = f"{names.file_name(settings['student'])}_{settings.get('trial', 'seed' + str(settings['seed']))}_best.pth.tar"
     # Processes of a group stop where they agreed upon it and nowhere else: one that left alone would leave the others waiting.
     with signals.deferred() if world.size > 1 else contextlib.nullcontext():
         while not session.finished:
@@ -266,7 +300,7 @@ def train_one_epoch(session, learner, lesson, directory, signals):
     steps = data_loader.steps_per_epoch(session.train, settings["batch_size"])
     batches = data_loader.train_batches(
         session.train, settings["batch_size"], settings["augment"], settings["seed"], session.epoch, session.step,
-        world.rank, world.size,
+        world.rank, world.size, settings.get("workers", data_loader.usual_workers()),
     )  # fmt: skip
     if session.teacher and session.teacher.table:
         plan = data_loader.epoch_plan(session.train, settings["augment"], settings["seed"], session.epoch)

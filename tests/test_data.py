@@ -70,7 +70,7 @@ def test_normalise_is_torchvisions(images):
     transform = torchvision.transforms.Compose([torchvision.transforms.ToTensor(), torchvision.transforms.Normalize(mean, std)])
     theirs = torch.stack([transform(image.permute(1, 2, 0).numpy()) for image in images])
     torch.testing.assert_close(data_loader.normalise(images, mean, std).contiguous(), theirs, rtol=1e-5, atol=1e-6)
-    rounded = data_loader.normalise(images, mean, std, torch.bfloat16)
+    rounded = data_loader.normalise(images, mean, std, dtype=torch.bfloat16)
     assert torch.equal(rounded, data_loader.normalise(images, mean, std).bfloat16())
     assert rounded.is_contiguous(memory_format=torch.channels_last)
 
@@ -233,15 +233,15 @@ def test_no_test_folder(folders):
 
 def test_wrong_size_is_named(folders):
     Image.new("RGB", (33, 32)).save(folders / "cifar10/train/class001/0.png")
-    refused(folders, r"1 of 30 images .*class001/0\.png \(33x32 pixels, expected 32x32\)")
+    refused(folders, r"1 of 40 images .*class001/0\.png \(33x32 pixels, expected 32x32\)")
 
 
 @pytest.mark.parametrize("contents", [b"", b"not an image", None])
 def test_a_corrupt_image_is_named(folders, contents):
     file = folders / "cifar10/test/class007/0.png"
     file.write_bytes(contents if contents is not None else file.read_bytes()[:100])
-    refused(folders, r"1 of 10 images cannot be used, first .*class007/0\.png")
-    assert not list((folders / "cifar10").glob("*.npz"))
+    refused(folders, r"1 of 40 images cannot be used, first .*class007/0\.png \(")
+    assert not list((folders / "cifar10").glob("*.npy"))
 
 
 def test_the_second_start_reads_the_cache(folders):
@@ -267,15 +267,16 @@ def test_a_changed_folder_is_decoded_anew(folders):
     assert len(loaded(folders)[0]) == 31
     image.unlink()
     assert len(loaded(folders)[0]) == 30
+    assert len(list((folders / "cifar10").glob("takd-decoded-*"))) == 1
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"x" * 500])
 def test_a_damaged_cache_is_made_anew(folders, damage):
-    first = loaded(folders)[0]
-    cache = folders / "cifar10" / data_loader.CACHE_NAME
+    first = loaded(folders)[0].images.clone()  # not the mapped file itself, which is about to shrink
+    (cache,) = (folders / "cifar10").glob("takd-decoded-32-*.npy")
     whole = cache.read_bytes()
     cache.write_bytes(damage(whole))
-    assert torch.equal(loaded(folders)[0].images, first.images)
+    assert torch.equal(loaded(folders)[0].images, first)
     assert not any("decoding" in line for line in loaded(folders)[2])
 
 
@@ -390,6 +391,23 @@ for key, value in json.loads(sys.argv[1]).items():
     setattr(torchvision.datasets.CIFAR10, key, value)
 print(len(data_loader.load("cifar10", Path(sys.argv[2]), say=lambda line: print(line, flush=True))[0]))
 """
+
+
+def test_the_download_command(archive, tmp_path, capsys):
+    for _ in range(2):  # the second time it is there
+        data_loader.main(SimpleNamespace(download=["cifar10"], dataset_dir=tmp_path / "data"))
+        said = capsys.readouterr().out.splitlines()
+        assert said[-1] == f"cifar10 is in {tmp_path}/data/cifar-10-batches-py: 100 images to train, 20 to test, checked"
+    assert len(said) == 1 and (tmp_path / "data/cifar-10-batches-py").is_dir()
+
+
+@pytest.mark.parametrize(
+    "argv, message", [(["--download", "digits"], "choose from"), (["--download"], "at least one"), ([], "--download")]
+)
+def test_usage_errors_of_the_download_command(argv, message, tmp_path, run_command):
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    outcome = run_command("data_loader.py", *argv, PYTHONPATH=str(tmp_path))
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (2, "", 1) and message in outcome.err
 
 
 def test_two_processes_at_once_download_once(archive, server, tmp_path):

@@ -97,10 +97,10 @@ def test_pixels_become_the_same_bits(dtype, monkeypatch):
     used = []
     real = kernels._library
     monkeypatch.setattr(kernels, "_library", lambda dtype: used.append(dtype) or real(dtype))
-    ours = data_loader.normalise(pixels, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), dtype)
+    ours = data_loader.normalise(pixels, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), dtype=dtype)
     assert used, "the fast way was not taken"
     with kernels.switched_off():
-        assert torch.equal(ours, data_loader.normalise(pixels, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), dtype))
+        assert torch.equal(ours, data_loader.normalise(pixels, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), dtype=dtype))
 
 
 @needs_kernels

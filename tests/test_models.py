@@ -1,19 +1,25 @@
 """Networks: sizes, keys and initialisation of the released code's, and files of several origins in and out of them."""
 
 import contextlib
+import json
 import math
 import os
 import pickle
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 
 import checkpoint
 import evaluate
 import model_factory
 import names
+import teacher
+import train
 from names import UserError
 
 # Parameters at 10 and at 100 classes, entries of the state dict: computed from the released code's networks.
@@ -31,7 +37,13 @@ SIZES = {
     "resnet44": (661_338, 667_188, 272),
     "resnet56": (855_770, 861_620, 344),
     "resnet110": (1_730_714, 1_736_564, 668),
+    "cnn5": (92_686, 93_856, 37),
+    "resnet50": (23_528_522, 23_712_932, 320),
 }
+# Option A: without the two shortcuts' convolutions and batch norms.
+for depth in names.RESNET_DEPTHS:
+    ten, hundred, entries = SIZES[f"resnet{depth}"]
+    SIZES[f"resnet{depth}a"] = ten - 2752, hundred - 2752, entries - 12
 
 
 def test_every_network_has_a_row():
@@ -45,6 +57,13 @@ def test_sizes(name):
         network = model_factory.create_network(name, classes)
         assert model_factory.count_parameters(network) == parameters
         assert len(network.state_dict()) == entries
+
+
+def test_cnn5_at_its_own_size():
+    """98,446 parameters at 224x224 and ten classes, of them 588 x 10 + 10 in the last layer."""
+    network = model_factory.create_network("cnn5", 10, image_size=224)
+    assert model_factory.count_parameters(network) == 98_446 and network.fc_layers[0].weight.shape == (10, 588)
+    assert network.eval()(torch.rand(1, 3, 224, 224)).shape == (1, 10)
 
 
 @pytest.mark.parametrize("name", ["plane2", "plane8", "resnet8"])
@@ -96,7 +115,7 @@ def test_plane_keeps_pytorchs_initialisation():
     assert torch.equal(ours.weight, torch.nn.Conv2d(3, 16, 3, padding=1).weight)
 
 
-@pytest.mark.parametrize("name", ["plane2", "plane6", "plane10", "resnet8", "resnet20"])
+@pytest.mark.parametrize("name", ["plane2", "plane6", "plane10", "resnet8", "resnet20", "resnet8a", "cnn5"])
 def test_features_belong_to_the_logits(name):
     torch.manual_seed(0)
     network, images = model_factory.create_network(name, 10).eval(), torch.rand(4, 3, 32, 32)
@@ -113,22 +132,291 @@ def test_features_belong_to_the_logits(name):
 
 @pytest.mark.parametrize(
     "spelling, name",
-    [("ResNet20", "resnet20"), ("resnet-110", "resnet110"), ("Plain10", "plane10"), ("cnn4", "plane4"), ("PLANE_2", "plane2")],
+    [
+        ("ResNet20", "resnet20"),
+        ("ResNet-20A", "resnet20a"),
+        ("CNN-5", "cnn5"),
+        ("Torchvision:ResNeXt50-32x4d", "torchvision:resnext50_32x4d"),
+        ("resnet-110", "resnet110"),
+        ("Plain10", "plane10"),
+        ("cnn4", "plane4"),
+        ("PLANE_2", "plane2"),
+    ],
 )
 def test_spellings(spelling, name):
     assert names.network(spelling) == name
 
 
 @pytest.mark.parametrize(
-    "typo, meant", [("resnet21", "resnet20"), ("resent8", "resnet8"), ("plane3", "plane"), ("plne10", "plane10")]
+    "typo, meant",
+    [
+        ("resnet21", "resnet20"),
+        ("resent8", "resnet8"),
+        ("plane3", "plane"),
+        ("plne10", "plane10"),
+        ("torchvision:resnet51", "resnet50"),
+    ],
 )
 def test_an_unknown_name_gets_the_nearest_and_the_list(typo, meant):
     with pytest.raises(UserError, match=rf"did you mean {meant}") as caught:
         model_factory.create_network(typo, 10)
-    assert all(name in str(caught.value) for name in names.NETWORKS)
+    known = names.torchvision_networks() if typo.startswith("torchvision") else names.NETWORKS
+    assert all(name in str(caught.value) for name in known)
+
+
+# ---------------------------------------------------------------------------- torchvision's, and one's own
+SHAPES = {  # of the stages, and of what the classifier sees
+    "resnet50": ([(64, 16), (256, 8), (512, 4), (1024, 2), (2048, 1)], 2048),
+    "torchvision:resnet18": ([(64, 16), (64, 8), (128, 4), (256, 2), (512, 1)], 512),
+    "torchvision:mobilenet_v3_small": ([(16, 16), (16, 8), (24, 4), (48, 2), (576, 1)], 1024),
+    "torchvision:shufflenet_v2_x0_5": ([(24, 16), (24, 8), (48, 4), (96, 2), (1024, 1)], 1024),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_features_of_torchvisions(name):
+    """Keys stay torchvision's; a ResNet's stages are its stem's and its four layers' outputs."""
+    torch.manual_seed(0)
+    network = model_factory.create_network(name, 7).eval()
+    plain = torchvision.models.get_model(names.torchvision_name(name), num_classes=7).eval()
+    plain.load_state_dict(network.state_dict())
+    images, stages, pooled, outputs = torch.rand(2, 3, 32, 32), *SHAPES[name], {}
+    features = network.forward_features(images)
+    assert torch.equal(features.logits, plain(images)) and torch.equal(network(images), features.logits)
+    assert [tuple(stage.shape[1:3]) for stage in features.stages] == stages and features.pooled.shape == (2, pooled)
+    assert torch.equal([*network.modules()][-1](features.pooled), features.logits)
+    if "resnet" in name:
+        for i in (1, 2, 3, 4):
+            getattr(plain, f"layer{i}").register_forward_hook(lambda _, __, output, i=i: outputs.update({i: output}))
+        plain(images)
+        assert all(torch.equal(features.stages[i], outputs[i]) for i in (1, 2, 3, 4))
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, size",
+    [("alexnet", 64), ("convnext_tiny", 32), ("densenet121", 32), ("efficientnet_b0", 32), ("googlenet", 32), ("inception_v3", 75)]
+    + [("maxvit_t", 224), ("mnasnet0_5", 32), ("mobilenet_v2", 32), ("regnet_y_400mf", 32), ("resnext50_32x4d", 32)]
+    + [("squeezenet1_1", 32), ("swin_t", 32), ("vit_b_32", 64)],
+)
+def test_a_network_of_every_kind(name, size, saved):
+    """Made, frozen, saved and read, with the same answers."""
+    torch.manual_seed(0)
+    network = model_factory.create_network(f"torchvision:{name}", 5, size)
+    images = torch.rand(2, 3, size, size)
+    features = network.train().forward_features(images)
+    features.logits.sum().backward()
+    path = saved({"model_state_dict": network.state_dict(), "model": f"torchvision:{name}", "image_size": size})
+    loaded, about = model_factory.load_network(path)
+    assert (about["classes"], about["image_size"]) == (5, size)
+    expected = network.eval()(images)
+    assert torch.equal(loaded.eval()(images), expected)
+    frozen = teacher.frozen(loaded, torch.device("cpu"), torch.float32, size)
+    torch.testing.assert_close(frozen.forward_features(images).logits, expected, rtol=1e-2, atol=1e-3)
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU())
+        self.linear = nn.Linear(16, classes)
+
+    def forward(self, images):
+        return self.linear(self.body(images).mean((2, 3)))
+
+class Keyword(Net):
+    def __init__(self, width=1, num_classes=10):
+        super().__init__(num_classes)
+
+def short(classes):
+    return Net(classes - 1)
+
+def nothing(classes):
+    return classes
+
+class Broken(nn.Module):
+    def __init__(self, classes):
+        raise KeyError("depth")
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "my_nets.py").write_text(OWN)
+    return str(tmp_path / "my_nets.py")
+
+
+@pytest.mark.parametrize("name", ["Net", "Keyword"])
+def test_ones_own_network(own, name):
+    network = model_factory.create_network(f"{own}:{name}", 7).eval()
+    images = torch.rand(2, 3, 32, 32)
+    features = network.forward_features(images)
+    assert [tuple(stage.shape[1:]) for stage in features.stages] == [(8, 15, 15), (16, 7, 7)]
+    assert torch.equal(features.stages[-1].mean((2, 3)), features.pooled) and torch.equal(
+        network.linear(features.pooled), features.logits
+    )
+    assert features.logits.shape == (2, 7) and set(network.state_dict()) >= {"body.0.weight", "linear.bias"}
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("Absent", "defines no 'Absent'; its classes: Net Keyword Broken"),
+        ("Broken", r"cannot be made for 7 classes: KeyError: 'depth'"),
+        ("short", r"makes \(2, 6\) of 2 images, not logits \(2, 7\)"),
+        ("nothing", "makes a int, not a torch.nn.Module"),
+    ],
+)
+def test_ones_own_network_with_a_mistake(own, name, message):
+    with pytest.raises(UserError, match=message) as caught:
+        model_factory.create_network(f"{own}:{name}", 7)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_imported(tmp_path):
+    (tmp_path / "nets.py").write_text("import nothing_of_this_name\nclass Net: pass\n")
+    with pytest.raises(UserError, match="cannot be imported: ModuleNotFoundError: No module named 'nothing_of_this_name'"):
+        model_factory.create_network(f"{tmp_path}/nets.py:Net", 7)
+
+
+def test_ones_own_network_learns_is_scored_and_teaches(own, tmp_path, call, tiny, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = f"{own}:Net"
+    outcome = call(
+        train,
+        *tiny,
+        "--student",
+        net,
+        "--epochs",
+        "2",
+        "--learning-rate",
+        "0.1",
+        "--batch-size",
+        "16",
+        "--run-dir",
+        tmp_path / "own",
+    )
+    assert outcome.status == 0, outcome.err
+    (best,) = (tmp_path / "own").glob("*_best.pth.tar")
+    assert best.name.endswith("my_nets.py-Net_seed1_best.pth.tar")
+    scored = call(evaluate, "--checkpoint", best, "--cuda", "0", "--json")
+    result = json.loads(scored.out)
+    assert (result["model"], result["test_accuracy_percent"]) == (net, pytest.approx(result["recorded_test_accuracy_percent"]))
+    (tmp_path / "moved").mkdir()
+    moved = shutil.move(own, tmp_path / "moved/my_nets.py")
+    lost = call(evaluate, "--checkpoint", best, "--cuda", "0")
+    assert (lost.status, lost.err.count("\n")) == (2, 1) and "cannot be read" in lost.err
+    assert call(evaluate, "--checkpoint", best, "--model", f"{moved}:Net", "--cuda", "0").status == 0
+    taught = call(train, *tiny, "--teacher", f"{moved}:Net", "--teacher-checkpoint", best, "--run-dir", tmp_path / "taught")
+    assert taught.status == 0, taught.err
+    unnamed = call(train, *tiny, "--student", f"{moved}:Net", "--teacher", f"{moved}:Net", "--teacher-checkpoint", best)
+    assert unnamed.status == 0 and all("/" not in run.name and ":" not in run.name for run in Path("runs").iterdir())
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """Where torchvision keeps the weights of its smallest network."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    weights = torchvision.models.get_model_weights("shufflenet_v2_x0_5").DEFAULT
+    return tmp_path / "home/hub/checkpoints" / Path(weights.url).name, weights
+
+
+def refuses_pretrained(match):
+    with pytest.raises(UserError, match=match) as caught:
+        model_factory.create_network("torchvision:shufflenet_v2_x0_5", 10, pretrained=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_pretrained_weights_without_a_network(published, monkeypatch):
+    file, weights = published
+    monkeypatch.setattr(weights.value, "url", f"https://127.0.0.1:9/{file.name}")  # where nothing listens
+    refuses_pretrained(
+        rf"no weights of shufflenet_v2_x0_5 and no download \(.*\); fetch https://127.0.0.1:9/{file.name} and put it at {file}"
+    )
+
+
+@pytest.mark.parametrize(
+    "contents, message", [(b"half a file", "cannot be read"), ({"fc.weight": torch.zeros(2, 2)}, "does not hold")]
+)
+def test_pretrained_weights_that_are_none(published, contents, message):
+    file = published[0]
+    file.parent.mkdir(parents=True)
+    file.write_bytes(contents) if isinstance(contents, bytes) else torch.save(contents, file)
+    refuses_pretrained(message)
+
+
+def test_pretrained_weights_are_not_for_ours():
+    with pytest.raises(UserError, match="no pretrained weights of plane2"):
+        model_factory.create_network("plane2", 10, pretrained=True)
 
 
 # -------------------------------------------------------------------------------------------- files
+class Published(torch.nn.Module):
+    """A ResNet with option A's shortcuts as its published files have it, written apart from ours: `linear`, no downsample."""
+
+    class Block(torch.nn.Module):
+        def __init__(self, before, after, stride):
+            super().__init__()
+            self.conv1 = torch.nn.Conv2d(before, after, 3, stride, 1, bias=False)
+            self.bn1 = torch.nn.BatchNorm2d(after)
+            self.conv2 = torch.nn.Conv2d(after, after, 3, 1, 1, bias=False)
+            self.bn2 = torch.nn.BatchNorm2d(after)
+            self.grows = after != before
+
+        def forward(self, x):
+            y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+            if self.grows:
+                zeros = torch.zeros_like(x[:, : x.shape[1] // 2, ::2, ::2])
+                x = torch.cat([zeros, x[:, :, ::2, ::2], zeros], dim=1)
+            return torch.relu(y + x)
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.conv1 = torch.nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = torch.nn.BatchNorm2d(16)
+        for i, (before, after) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
+            first = self.Block(before, after, 1 if i == 1 else 2)
+            setattr(self, f"layer{i}", torch.nn.Sequential(first, *(self.Block(after, after, 1) for _ in range(blocks - 1))))
+        self.linear = torch.nn.Linear(64, 10)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(torch.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean((2, 3)))
+
+
+def test_a_published_file_with_option_a(saved):
+    torch.manual_seed(0)
+    theirs, images = Published(3), torch.rand(8, 3, 32, 32)
+    theirs(images * 3)  # statistics that are not 0 and 1
+    state = {f"module.{key}": value for key, value in theirs.state_dict().items() if "tracked" not in key}  # before torch 0.4.1
+    network, about = model_factory.load_network(saved({"state_dict": state, "best_prec1": 91.7}), "resnet20a")
+    torch.testing.assert_close(network.eval()(images), theirs.eval()(images), rtol=1e-4, atol=1e-5)
+    assert (tuple(about["mean"]), tuple(about["std"])) == (names.IMAGENET_MEAN, names.IMAGENET_STD)  # what they were trained with
+    frozen = teacher.frozen(network, torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(frozen(images), theirs(images), rtol=1e-3, atol=1e-4)
+    ours = model_factory.create_network("resnet20a", 10)
+    assert {key.replace("fc.", "linear.") for key in ours.state_dict()} == theirs.state_dict().keys()
+
+
+def test_a_bare_file_of_torchvisions(saved):
+    network = model_factory.create_network("torchvision:shufflenet_v2_x0_5", 6)
+    loaded, about = model_factory.load_network(saved(network.state_dict()), "torchvision:shufflenet_v2_x0_5", image_size=64)
+    assert (about["classes"], about["image_size"], tuple(about["mean"])) == (6, 64, names.IMAGENET_MEAN)
+    refused(saved(network.state_dict()), "keys are missing", "torchvision:resnet18")
+
+
+def test_another_image_size_than_the_file_says(saved):
+    path = saved({"model_state_dict": model_factory.create_network("cnn5", 10, 64).state_dict(), "model": "cnn5", "image_size": 64})
+    assert model_factory.load_network(path)[1]["image_size"] == 64
+    with pytest.raises(UserError, match="for images of 64x64, not 32x32"):
+        model_factory.load_network(path, image_size=32)
+
+
 @pytest.fixture
 def network():
     torch.manual_seed(1)

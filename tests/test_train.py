@@ -311,6 +311,8 @@ TRAINING_FLAGS = {
     "--weight-decay": (["0.01"], 0.01),
     "--seed": (["0"], 0),
     "--precision": (["bf16"], "bf16"),
+    "--image-size": (["40"], 40),
+    "--train-images": (["1000"], 1000),
 }
 SETTINGS = {"--model": "student", "--no-nesterov": "nesterov"}
 # Those with a test of their own, by the test's name.
@@ -333,6 +335,8 @@ OTHER_FLAGS = {
     "--cuda": "test_cuda",
     "--run-dir": "test_run_dir",
     "--save-minutes": "test_a_kill_inside_an_epoch_continues_bit_for_bit_from_the_last_save",
+    "--pretrained": "test_pretrained",
+    "--workers": "test_workers",
     "--json": "test_json_prints_the_summary_alone",
 }
 
@@ -350,7 +354,7 @@ def test_a_flag_changes_the_record_and_the_weights(flag, tmp_path, call, tiny, b
     outcome = call(train, *tiny, flag, *given, "--run-dir", tmp_path / "run")
     assert outcome.status == 0, outcome.err
     config = read(tmp_path / "run/config.json")
-    assert config[key] == value != read(baseline / "config.json")[key] and config["origins"][key] == "command line"
+    assert config[key] == value != read(baseline / "config.json").get(key) and config["origins"][key] == "command line"
     assert not same(weights(tmp_path / "run"), weights(baseline))
 
 
@@ -455,6 +459,41 @@ def test_cuda(tmp_path, call, tiny):
     assert not (tmp_path / "other").exists()
 
 
+def test_pretrained(tmp_path, call, tiny, monkeypatch):
+    """Torchvision's weights from its cache: in the student, but for its last layer, and in a teacher trained first."""
+    import torchvision
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    name = "shufflenet_v2_x0_5"
+    file = tmp_path / "home/hub/checkpoints" / Path(torchvision.models.get_model_weights(name).DEFAULT.url).name
+    file.parent.mkdir(parents=True)
+    torch.manual_seed(5)
+    published = torchvision.models.get_model(name).state_dict()
+    torch.save(published, file)
+    few = (*tiny, "--train-images", "200", "--epochs", "1", "--learning-rate", "1e-30", "--weight-decay", "0")
+    outcome = call(train, *few, "--student", f"torchvision:{name}", "--pretrained", "--run-dir", tmp_path / "run")
+    assert outcome.status == 0, outcome.err
+    assert read(tmp_path / "run/config.json")["pretrained"] is True
+    trained = weights(tmp_path / "run")
+    parameters = [key for key in published if "running" not in key and "tracked" not in key]
+    assert all(torch.allclose(trained[key], published[key], 0, 1e-20) for key in parameters if not key.startswith("fc."))
+    assert trained["fc.weight"].shape == (10, 1024)
+    assert (tmp_path / f"run/torchvision-{name}_seed1_best.pth.tar").exists()
+    given = {"teacher": "torchvision:resnet18", "student": "plane2", "seed": 1, "pretrained": True}
+    assert train.teacher_settings(given, {"seed": "default"})[0]["pretrained"] is True
+    assert "pretrained" not in train.teacher_settings(given | {"teacher": "plane4"}, {"seed": "default"})[0]
+
+
+def test_workers(tmp_path, call, tiny):
+    """However many make the views: the same bits, and none of their making in PyTorch's generator."""
+    for count in ("0", "2"):
+        command = (*tiny, "--train-images", "100", "--augment", "rotate-crop-flip", "--workers", count)
+        assert call(train, *command, "--run-dir", tmp_path / count).status == 0
+    assert same(weights(tmp_path / "0"), weights(tmp_path / "2"))
+    states = [checkpoint.read(tmp_path / count / "last.pth.tar")["random_state"] for count in ("0", "2")]
+    assert torch.equal(*states)
+
+
 def test_run_dir(tmp_path, call, tiny, monkeypatch):
     """Without the flag: a folder under runs/ named after what makes the run."""
     monkeypatch.chdir(tmp_path)
@@ -494,6 +533,21 @@ USAGE_ERRORS = {
     "method in no file": (["--teacher", "plane4", "--method", "absent.py:Mine"], "absent.py cannot be read"),
     "no repetition": (["--repeat", "0"], "at least 1"),
     "seeds beyond the last": (["--seed", str(2**63 - 1), "--repeat", "2"], "seeds end at"),
+    "unknown torchvision network": (["--student", "torchvision:resnet"], "torchvision is not installed"),
+    "network of an absent file": (["--student", "absent.py:Net"], "absent.py cannot be read (No such file"),
+    "network that a file lacks": (["--student", "nets.py:Nett"], "nets.py defines no 'Nett'; its classes: Net"),
+    "network in a file with a mistake": (["--student", "wrong.py:Net"], "wrong.py is not Python"),
+    "pretrained weights of ours": (["--pretrained"], "--pretrained needs a network of torchvision's"),
+    "pretrained weights of a trained teacher": (
+        ["--pretrained", "--teacher", "resnet50", "--teacher-checkpoint", "x"],
+        "--pretrained needs a network",
+    ),
+    "workers without work": (["--workers", "2", "--augment", "crop-flip"], "--workers needs --augment rotate-crop-flip"),
+    "a table of endless views": (
+        ["--teacher", "plane4", "--augment", "rotate-crop-flip", "--teacher-cache", "full"],
+        "--teacher-cache full: rotate-crop-flip",
+    ),
+    "images of nothing": (["--image-size", "0"], "at least 8"),
     "no epochs": (["--epochs", "0"], "at least 1"),
     "half an epoch": (["--epochs", "1.5"], "whole number"),
     "huge epochs": (["--epochs", "9" * 400], "whole number"),
@@ -537,6 +591,8 @@ def test_usage_errors_are_one_line_before_anything_heavy(case, tmp_path, run_com
     (tmp_path / "quote.txt").write_text("--epochs '3\n")
     (tmp_path / "self.txt").write_text("@self.txt\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "nets.py").write_text("class Net:\n    pass\n")
+    (tmp_path / "wrong.py").write_text("class Net(:\n")
     before = listing(tmp_path)
     argv, message = USAGE_ERRORS[case]
     outcome = run_command("train.py", *FEW, *argv, cwd=tmp_path, **nothing_heavy)
@@ -565,6 +621,11 @@ def test_help_needs_nothing_heavy(script, run_command, nothing_heavy):
         (["--teacher", "plane2", "--teacher-checkpoint", "absent.pth.tar"], "does not exist"),
         (["--teacher", "plane2", "--teacher-checkpoint", "."], "is a folder"),
         (["--validation-split", "5000"], "leaves"),
+        (["--train-images", "5000"], "there are 1438 images to train on"),
+        (["--dataset", "folder", "--dataset-dir", "absent"], "absent/train does not exist"),
+        (["--student", "cnn5", "--image-size", "16"], "too small for this network's 5 poolings"),
+        (["--student", "torchvision:alexnet"], "does not work with 32x32 images"),
+        (["--student", "torchvision:shufflenet_v2_x0_5", "--batch-size", "1437"], "leaves one of 1438 images for the last step"),
         (["--dataset", "cifar10", "--no-download"], "downloading is off"),
     ],
 )
