@@ -66,7 +66,7 @@ class Session:
         if self.teacher:  # after the student, whose first weights are then the same whatever the method
             networks = self.student, self.teacher.exact
             self.method = build_method(settings, *networks, self.train.labels, self.train.images[:2], self.train.mean, self.train.std)
-        self.method.to(self.device)
+        self.method.to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
             [*self.student.parameters(), *self.method.parameters()],
             lr=settings["learning_rate"],
