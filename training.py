@@ -71,7 +71,7 @@ class Session:
         if self.teacher:  # after the student, whose first weights are then the same whatever the method
             teacher = self.teacher
             self.method = build_method(settings, self.student, teacher.exact, self.train, (teacher.mean, teacher.std, teacher.image_size))
-        self.method.to(self.device)
+        self.method.to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(
             [*self.student.parameters(), *self.method.parameters()],
             lr=settings["learning_rate"],

@@ -128,6 +128,20 @@ def test_torchrun_with_a_teacher(tmp_path, call, start, tiny, teacher_file):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["fitnet", "at", "dkd"])
+def test_methods_and_their_own_parameters(method, tmp_path, call, group, tiny, teacher_file):
+    """FitNet's regressor has weights and a batch norm: both are the whole batch's."""
+    command = (*tiny, *QUIET, "--teacher", "plane2", "--teacher-checkpoint", teacher_file, "--method", method, "--epochs", "2")
+    assert call(train, *command, "--run-dir", tmp_path / "alone").status == 0
+    assert group(*command, "--run-dir", tmp_path / "run")[::2] == (0, "")
+    assert_agree(tmp_path / "run", tmp_path / "alone", tolerance=1e-4)
+    states = [checkpoint.read(tmp_path / run / "last.pth.tar")["method_state_dict"] for run in ("run", "alone")]
+    assert states[0].keys() == states[1].keys() and bool(states[0]) == (method == "fitnet")
+    for key, value in states[1].items():
+        torch.testing.assert_close(states[0][key], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_residual_network_over_crops_and_flips(processes, tmp_path, call, group, tiny):
     command = (*tiny, *QUIET, "--student", "resnet8", "--augment", "crop-flip", "--epochs", "2")
