@@ -36,6 +36,18 @@ def test_multiply_accumulates(name):
     assert [f"{value:.2f}" for value in counted] == [f"{value:.2f}" for value in MACS[name]]
 
 
+@pytest.mark.parametrize(
+    "name, size, classes, expected",
+    [
+        ("resnet20a", 32, 10, 40_813_184 - 16 * 32 * 16**2 - 32 * 64 * 8**2),  # resnet20 without its two projections
+        ("cnn5", 224, 10, 676_083_576),
+        ("resnet50", 224, 1000, 4_089_184_256),  # torchvision's own figure is 4.09 billion
+    ],
+)
+def test_multiply_accumulates_at_other_sizes(name, size, classes, expected):
+    assert cost.multiply_accumulates(model_factory.create_network(name, classes, size), size) == expected
+
+
 def test_every_network_of_the_paper_is_counted():
     assert set(MACS) == {f"resnet{depth}" for depth in names.RESNET_DEPTHS} | {f"plane{size}" for size in names.PLANES_10}
 

@@ -94,6 +94,21 @@ def test_a_wrappers_prefix(prefix, contents, scored, taught):
     assert f"{contents[PERCENT]:.2f} % on digits/test" in taught(contents | {"model_state_dict": state}).out
 
 
+def test_a_network_with_a_part_of_that_name(contents, scored, tmp_path, monkeypatch):
+    """`model.` is then no wrapper's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_nets.py").write_text(
+        "from torch import nn\n\n\nclass Wrapped(nn.Module):\n    def __init__(self, classes):\n        super().__init__()\n"
+        "        self.model = nn.Sequential(nn.Flatten(), nn.Linear(3072, classes))\n\n"
+        "    def forward(self, images):\n        return self.model(images)\n"
+    )
+    weights = {"model.1.weight": torch.zeros(10, 3072), "model.1.bias": torch.arange(10.0)}
+    outcome = scored(contents | {"model_state_dict": weights, "model": "my_nets.py:Wrapped"})
+    assert outcome.status == 0, outcome.err
+    nines = 100 * float((data_loader.load("digits")[1].labels == 9).double().mean())
+    assert outcome.test_accuracy_percent == pytest.approx(nines)
+
+
 def test_a_teacher_beside_the_network(contents, scored):
     """A file of a whole distillation: which of the two is meant is not guessed."""
     state = {f"{role}.{key}": value for role in ("student", "teacher") for key, value in contents["model_state_dict"].items()}
@@ -130,6 +145,17 @@ def test_another_normalisation(monkeypatch, tmp_path, call, tiny, scored):
     assert contents[PERCENT] > 70 and outcome.test_accuracy_percent == pytest.approx(contents[PERCENT], abs=1e-9)
     forgotten = {key: value for key, value in contents.items() if key not in ("mean", "std")}
     assert abs(scored(forgotten).test_accuracy_percent - contents[PERCENT]) > 0.5  # it does matter here
+
+
+def test_another_image_size(tmp_path, call, tiny, scored):
+    """A network is asked at the size that it was trained at; where a file does not say, a wrong size does not pass."""
+    assert call(train, *tiny, "--epochs", "2", "--image-size", "48", "--run-dir", tmp_path / "run").status == 0
+    contents = checkpoint.read(tmp_path / "run/plane2_seed1_best.pth.tar")
+    assert contents[PERCENT] > 70 and scored(contents).test_accuracy_percent == pytest.approx(contents[PERCENT], abs=1e-9)
+    refused(scored(contents, "--image-size", "32"), "48x48, not 32x32")
+    del contents["image_size"]
+    refused(scored(contents), "is not plane2")
+    assert scored(contents, "--image-size", "48").test_accuracy_percent == pytest.approx(contents[PERCENT], abs=1e-9)
 
 
 def reordered(contents):
