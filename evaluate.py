@@ -107,7 +107,7 @@ def evaluate(path, model, dataset, args, device, splits):
         warn(f"warning: {path} records {recorded:.2f} %, {dataset} here gives {result['accuracy_percent']:.2f} %: other images?")
     if not result["accuracy_percent"] > engine.chance_percent(test.labels):
         warn(f"warning: {path} does not beat guessing: another data set, other normalisation, or not trained")
-    size = test.images.shape[-1]
+    size = test.image_size
     told = {
         "checkpoint": str(path),
         "model": about["model"],
@@ -124,7 +124,7 @@ def evaluate(path, model, dataset, args, device, splits):
     }
     if args.report is not None or args.teacher_checkpoint:
         told |= {f"latency_{images}_milliseconds": 1000 * cost.latency(network, size, images) for images in BATCHES}
-        told |= cost.machine(test.images.device)
+        told |= cost.machine(test.device)
     return Evaluation(told, logits, test)
 
 

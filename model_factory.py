@@ -303,7 +303,7 @@ def network_from_state(name, state_dict, source, image_size=32, classes=None):
 
     Raises a UserError naming `source` where a key is missing, left over or of another shape: loading is always strict.
     """
-    state_dict = strip_prefixes(state_dict)
+    whole, state_dict = state_dict, strip_prefixes(state_dict)
     if re.fullmatch(r"resnet\d+a", name):  # most option-A files call the classifier so
         state_dict = {re.sub(r"^linear\.", "fc.", key): value for key, value in state_dict.items()}
     classes = classes_of(state_dict, name) or classes
@@ -311,6 +311,8 @@ def network_from_state(name, state_dict, source, image_size=32, classes=None):
         raise UserError(f"{source} holds no classifier weights that {name} has (keys like {_some(state_dict)})")
     network = create_network(name, classes, image_size)
     own = network.state_dict()
+    if own.keys() <= whole.keys():  # a part of the network itself is called like a wrapper
+        state_dict = whole
     state_dict = {key: value for key, value in own.items() if key.endswith("num_batches_tracked")} | state_dict  # files of old torch
     if missing := own.keys() - state_dict.keys():
         raise UserError(f"{source} is not {name}: {len(missing)} of its {len(own)} keys are missing ({_some(missing)})")
