@@ -35,6 +35,7 @@ def measure(name, data, image_size, batch_size, precision, device):
 
     import data_loader
     import engine
+    import graphs
     import losses
     import model_factory
 
@@ -44,13 +45,14 @@ def measure(name, data, image_size, batch_size, precision, device):
     split = data_loader.Split("random", images, labels, classes, data.mean, data.std, image_size).to(torch.device(device))
     network = model_factory.create_network(name, data.classes, split.image_size).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=0.9, nesterov=True, fused=True)
+    graph = graphs.StepGraph([network], optimizer, lambda line: None) if device == "cuda" else None
 
     def train(seconds):
         sums, until = engine.EpochSums(), time.perf_counter() + seconds
         while not sums.rows or time.perf_counter() < until:
-            batches = data_loader.train_batches(split, batch_size, "none", seed=1, epoch=0)
+            batches = (data_loader.train_draws if graph else data_loader.train_batches)(split, batch_size, "none", seed=1, epoch=0)
             engine.train_epoch(network, losses.CrossEntropy(), None, optimizer, split, batches, sums, precision,
-                               lambda: time.perf_counter() > until)  # fmt: skip
+                               lambda: time.perf_counter() > until, graph)  # fmt: skip
         return sums
 
     def evaluate(images):

@@ -99,6 +99,20 @@ class Batch(NamedTuple):
     part = None  # a Part in a PartialBatch
 
 
+class Draw(NamedTuple):
+    """A batch not gathered yet: where a step is recorded for a GPU, gathering and augmenting are part of it."""
+
+    index: torch.Tensor  # int64 (B,)
+    views: torch.Tensor  # int64 (B,)
+    split: Split
+    augment: str
+    part = None
+
+    def made(self, index, views):
+        """The Batch of these rows and views, on the split's device."""
+        return Batch(index, views, augmentation.apply(self.augment, self.split.take(index), views), self.split.labels[index])
+
+
 class Part(NamedTuple):
     """What one of several processes takes of a step's batch: images start to stop of `images`.
 
@@ -163,12 +177,22 @@ def train_batches(split, batch_size, augment, seed, epoch, first_step=0, rank=0,
     parts = list(train_parts(len(split), batch_size, first_step, rank, size))
     made = _made_elsewhere(split, plan, [rows for rows, _ in parts], workers) if augmentation.VIEWS[augment] is None else None
     for rows, part in parts:
-        index, views = plan.order[rows], plan.views[rows]
-        images = next(made).to(split.device) if made else augmentation.apply(augment, split.take(index), views)
-        batch = (Batch if part is None else PartialBatch)(index, views, images, split.labels[index])
+        draw = Draw(plan.order[rows], plan.views[rows], split, augment)
+        if made:
+            batch = Batch(draw.index, draw.views, next(made).to(split.device), split.labels[draw.index])
+        else:
+            batch = draw.made(draw.index, draw.views)
         if part:
+            batch = PartialBatch(*batch)
             batch.part = part
         yield batch
+
+
+def train_draws(split, batch_size, augment, seed, epoch, first_step=0):
+    """The Draws of train_batches' batches, of one process and without endless views."""
+    plan = epoch_plan(split, augment, seed, epoch)
+    for rows, _ in train_parts(len(split), batch_size, first_step):
+        yield Draw(plan.order[rows], plan.views[rows], split, augment)
 
 
 def train_parts(images, batch_size, first_step=0, rank=0, size=1):

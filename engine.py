@@ -30,15 +30,11 @@ class EpochSums:
         self.seconds = seconds  # of the training part alone, by the wall clock
         self._united = len(self.rows)  # rows that are the whole step's and no longer this process's part of it
 
-    def add(self, parts, logits, labels, part=None):
-        """One step's; with a data_loader.Part, this process's contribution to it, until `unite`."""
+    def add(self, parts, row, images):
+        """One step's: the names of the parts and what `row_of` makes of them."""
         self.parts = list(parts)
-        correct = (logits.detach().argmax(1) == labels).sum()
-        values = [value.detach().float() for value in (*parts.values(), correct)]
-        if part:
-            values = [*(value * part.share for value in values[:-1]), values[-1] * (part.share * part.images / len(labels))]
-        self.rows.append(torch.stack(values))
-        self.images.append(part.images if part else len(labels))
+        self.rows.append(row)
+        self.images.append(images)
 
     def unite(self, total):
         """Make whole steps of the processes' parts; `total(tensor)` gives the sum of their tensors."""
@@ -66,23 +62,32 @@ class EpochSums:
         }
 
 
+def row_of(parts, logits, labels, part=None):
+    """A step's row for EpochSums; with a data_loader.Part, this process's contribution to it, until `unite`."""
+    correct = (logits.detach().argmax(1) == labels).sum()
+    values = [value.detach().float() for value in (*parts.values(), correct)]
+    if part:
+        values = [*(value * part.share for value in values[:-1]), values[-1] * (part.share * part.images / len(labels))]
+    return torch.stack(values)
+
+
 def input_dtype(precision):
     """What images are normalised to: what the first convolution takes, so that autocast has nothing to convert."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def train_epoch(student, method, teacher, optimizer, split, batches, sums, precision, after_step=lambda: False):
+def train_epoch(student, method, teacher, optimizer, split, batches, sums, precision, after_step=lambda: False, graph=None):
     """Train `student` on `batches`, adding to `sums`; ends early where `after_step()` is true.
 
     `teacher(batch, images)` gives the teacher's outputs; None for ordinary training. A method that says `needs_index` is told which
-    rows of the split a batch holds. Nothing here waits for the device until
-    the last step is done.
+    rows of the split a batch holds. With `graph`, a graphs.StepGraph, batches are data_loader.Draws, and gathering and augmenting
+    their images is part of the step that it records. Nothing here waits for the device until the last step is done.
     """
     student.train()
     device = split.device
     indexed = getattr(method, "needs_index", False)
-    started = time.perf_counter()
-    for batch in batches:
+
+    def step(batch):
         images = data_loader.normalise(batch.images, split.mean, split.std, split.image_size, input_dtype(precision))
         taught = teacher and teacher(batch, images)
         with autocast(device, precision):
@@ -92,7 +97,18 @@ def train_epoch(student, method, teacher, optimizer, split, batches, sums, preci
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        sums.add(parts, outputs.logits, batch.labels, batch.part)
+        return list(parts), row_of(parts, outputs.logits, batch.labels, batch.part)
+
+    def recorded(draw):
+        # What a record holds as constants: the rates, and the epoch for a method that looks at it.
+        rates = [group["lr"] for group in optimizer.param_groups]
+        key = rates, method.epoch if hasattr(type(method), "epoch") else None
+        return graph(lambda index, views: step(draw.made(index, views)), draw.index, draw.views, key)
+
+    started = time.perf_counter()
+    for batch in batches:
+        parts, row = recorded(batch) if graph else step(batch)
+        sums.add(parts, row, batch.part.images if batch.part else len(batch.index))
         if after_step():
             break
     if device.type == "cuda":

@@ -9,8 +9,8 @@ user's own file (docs/adding_a_method.md).
 
 What a constructor may ask for besides, by name: `student` and `teacher`, Features of two images, to size its parameters by; and
 `labels`, int64 (N,), the training split's. What a class may say: `needs_index = True`, to be called with `index=`, int64 (B,), rows
-of the training split; `one_process = True`, where its loss is no mean over images, which processes cannot share. `self.epoch`
-is the epoch, counted from 0.
+of the training split; `one_process = True`, where its loss is no mean over images, which processes cannot share; `epoch = 0`, to be
+told the epoch, counted from 0. Buffers change in place: on a GPU a step is recorded once and played (graphs.py).
 
 Stages of two networks are paired from their ends, the last with the last: a ResNet has a stem and three stages, a plain CNN two to
 four. Legend: B batch, C classes, N images, D length of a vector. Losses are float32 whatever precision the networks run in.
@@ -379,14 +379,13 @@ class CRD(nn.Module):
     def forward(self, student, teacher, labels, index):
         ours = [F.normalize(embed(features.pooled.float())) for embed, features in zip(self.embed, (student, teacher), strict=True)]
         asked = torch.cat([index[:, None], self.others(labels)], dim=1)  # (B, 1 + K), the right one first
-        scores = [((vectors @ bank.T).gather(1, asked) / self.tau).exp() for vectors, bank in zip(ours, self.banks.flip(0), strict=True)]
+        banks = self.banks.flip(0)  # a copy: the backward pass still needs what they are now
+        scores = [((vectors @ bank.T).gather(1, asked) / self.tau).exp() for vectors, bank in zip(ours, banks, strict=True)]
         images, vectors = len(self.by_class), torch.stack(ours).detach()
         first = torch.stack([each.detach().mean() * images for each in scores])
-        self.scales = torch.where(self.scales > 0, self.scales, first)
-        crd = sum(contrast(each / scale, images) for each, scale in zip(scores, self.scales, strict=True))
-        # New tensors, not written in place: the backward pass still needs what these were.
-        visited = F.normalize(self.banks[:, index].lerp(vectors, 1 - self.momentum), dim=2)
-        self.banks = self.banks.index_copy(1, index, visited)
+        self.scales.copy_(torch.where(self.scales > 0, self.scales, first))
+        crd = sum(contrast(each / scale, images) for each, scale in zip(scores, self.scales.clone(), strict=True))
+        self.banks.index_copy_(1, index, F.normalize(self.banks[:, index].lerp(vectors, 1 - self.momentum), dim=2))
         return total(student, labels, crd=(self.beta, crd))
 
 

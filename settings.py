@@ -17,7 +17,8 @@ from arguments import number
 from names import UserError
 
 # Settings that change where or how fast a run is made, not what comes out of it: a run may continue under other ones.
-INCIDENTAL = ("cuda", "dataset_dir", "download", "run_dir", "save_minutes", "teacher_cache", "teacher_checkpoint", "json", "workers")
+INCIDENTAL = ("cuda", "dataset_dir", "download", "run_dir", "save_minutes", "teacher_cache", "teacher_checkpoint", "json", "workers",
+              "cuda_graph")
 NEED_TEACHER = ("teacher_checkpoint", "method", "method_option", "temperature", "lambda", "teacher_cache")
 OF_METHODS = ("temperature", "lambda")  # flags of their own for options that a method may have
 DEFAULT_SEED = 1
@@ -81,6 +82,8 @@ def build_parser(description=""):
                 "(without the flag: a GPU if there is one); under torchrun: 0, or a GPU for each of its processes")
     parser.flag(group, "--precision", choices=("auto", "fp32", "bf16"), default="auto",
                 help="arithmetic of the networks; auto takes bf16 where the hardware has it")
+    group.add_argument("--no-cuda-graph", dest="cuda_graph", action="store_const", const=False,
+                       help="launch a step's kernels one by one (without the flag: as one CUDA graph where that is possible)")
     group = parser.add_argument_group("records")
     parser.flag(group, "--run-dir", metavar="DIR", help="the run's folder (default: runs/<a name made of the settings>)")
     parser.flag(group, "--save-minutes", type=number(float, above=0), default=10.0, metavar="M",
@@ -111,6 +114,8 @@ def given_settings(argv, description="", elsewhere=False):
             if key not in given and default is not None:
                 given[key], origins[key] = default, "default"
         device = None if elsewhere else training_device(given)
+        if device == "cpu" and "cuda_graph" in given:
+            raise UserError("--no-cuda-graph is about GPUs, and this run is on the CPU")
     except UserError as error:
         parser.error(str(error))
     return given, origins, device

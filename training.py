@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+import augmentation
 import checkpoint
 import data_loader
 import engine
+import graphs
 import kernels
 import losses
 import model_factory
@@ -50,6 +52,7 @@ class Session:
         kernels.keep_freed_memory()
         self.settings, self.console, self.world = settings, console, world or parallel.World()
         self.device = torch.device(device)
+        torch.backends.cudnn.benchmark = True  # a run's shapes are few and come again and again
         self.precision = settings["precision"]
         if self.precision == "auto":
             chosen = "bf16" if native_bf16(self.device) else "fp32"
@@ -84,6 +87,7 @@ class Session:
         self.epoch, self.step = 0, 0  # the next step to train
         self.sums = engine.EpochSums()
         self.best = None  # the record of the best epoch so far
+        self.graph = None  # steps as CUDA graphs, where that is possible
 
     def _load_data(self):
         settings, say = self.settings, self.console.say
@@ -263,6 +267,7 @@ def fit(session, directory, recorded, origins, identity, signals):
         world.in_turn(lambda: attach_table(session.teacher, session.train, settings["augment"], settings["teacher_cache"],
                                            settings["teacher_checkpoint"], settings["epochs"], console.say))  # fmt: skip
     learner, lesson = world.wrap(session.student, session.method)
+    session.graph = step_graph(session)
     name = f"{names.file_name(settings['student'])}_{settings.get('trial', 'seed' + str(settings['seed']))}_best.pth.tar"
     # Processes of a group stop where they agreed upon it and nowhere else: one that left alone would leave the others waiting.
     with signals.deferred() if world.size > 1 else contextlib.nullcontext():
@@ -288,20 +293,39 @@ def fit(session, directory, recorded, origins, identity, signals):
 GO_ON, SAVE, STOP = 0, 1, 2  # after a step; stopping is STOP + the signal's number, and the processes do the greatest
 
 
+def step_graph(session):
+    """Steps as CUDA graphs, where they never need the host; else None, and on a GPU a line that says why."""
+    if session.device.type != "cuda" or session.settings.get("cuda_graph") is False:
+        return None
+    table = session.teacher and session.teacher.table
+    reasons = {
+        "several processes share them": session.world.size > 1,
+        "the images do not fit on the GPU": session.train.images.device != session.train.device,
+        "endless views are made by other processes": augmentation.VIEWS[session.settings["augment"]] is None,
+        "the teacher's table is filled as batches ask": table and table.resident is None,
+    }
+    if why := next((reason for reason, holds in reasons.items() if holds), None):
+        return session.console.say(f"steps     kernel by kernel, without a CUDA graph: {why}")
+    session.console.say("steps     as CUDA graphs")
+    return graphs.StepGraph((session.student, session.method), session.optimizer, session.console.say)
+
+
 def train_one_epoch(session, learner, lesson, directory, signals):
     """The steps of the current epoch that are still to do. A signal ends it after a step, with everything saved.
 
     `learner` and `lesson` are the session's student and method as World.wrap gives them.
     """
     settings, world = session.settings, session.world
-    session.method.epoch = session.epoch
+    if hasattr(type(session.method), "epoch"):
+        session.method.epoch = session.epoch
     for group in session.optimizer.param_groups:
         group["lr"] = learning_rate(session)
     steps = data_loader.steps_per_epoch(session.train, settings["batch_size"])
-    batches = data_loader.train_batches(
-        session.train, settings["batch_size"], settings["augment"], settings["seed"], session.epoch, session.step,
-        world.rank, world.size, settings.get("workers", data_loader.usual_workers()),
-    )  # fmt: skip
+    order = session.train, settings["batch_size"], settings["augment"], settings["seed"], session.epoch, session.step
+    if session.graph:
+        batches = data_loader.train_draws(*order)
+    else:
+        batches = data_loader.train_batches(*order, world.rank, world.size, settings.get("workers", data_loader.usual_workers()))
     if session.teacher and session.teacher.table:
         plan = data_loader.epoch_plan(session.train, settings["augment"], settings["seed"], session.epoch)
         parts = data_loader.train_parts(len(session.train), settings["batch_size"], session.step, world.rank, world.size)
@@ -323,7 +347,7 @@ def train_one_epoch(session, learner, lesson, directory, signals):
 
         with signals.deferred():
             engine.train_epoch(learner, lesson, session.teacher, session.optimizer, session.train, world.noting(batches),
-                               session.sums, session.precision, after_step)  # fmt: skip
+                               session.sums, session.precision, after_step, session.graph)  # fmt: skip
             stop = world.highest(signals.received or 0)
             if stop:
                 session.save(directory.last_file)

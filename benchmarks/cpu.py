@@ -151,14 +151,15 @@ class Ours:
         for _ in range(count):
             batch = clocked("batch", lambda: next(batches))
             images = clocked("normalise", lambda batch=batch: data_loader.normalise(
-                batch.images, self.split.mean, self.split.std, engine.input_dtype(self.precision)))  # fmt: skip
+                batch.images, self.split.mean, self.split.std, self.split.image_size, engine.input_dtype(self.precision)))  # fmt: skip
             taught = clocked("teacher", lambda batch=batch, images=images: self.teacher and self.teacher(batch, images))
             outputs = clocked("forward", lambda images=images: forward(images))
             parts = clocked("loss", lambda o=outputs, t=taught, batch=batch: self.method(o, t, batch.labels))
             clocked("backward", parts["loss"].backward)
             clocked("optimizer", self.optimizer.step)
             clocked("optimizer", lambda: self.optimizer.zero_grad(set_to_none=True))
-            clocked("sums", lambda p=parts, o=outputs, batch=batch: sums.add(p, o.logits, batch.labels))
+            clocked("sums", lambda p=parts, o=outputs, batch=batch: sums.add(
+                p, engine.row_of(p, o.logits, batch.labels), len(batch.labels)))  # fmt: skip
         whole = sum(spent.values())
         return {phase: round(100 * seconds / whole, 1) for phase, seconds in spent.items()}
 

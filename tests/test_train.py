@@ -336,6 +336,7 @@ OTHER_FLAGS = {
     "--run-dir": "test_run_dir",
     "--save-minutes": "test_a_kill_inside_an_epoch_continues_bit_for_bit_from_the_last_save",
     "--pretrained": "test_pretrained",
+    "--no-cuda-graph": "test_no_cuda_graph",
     "--workers": "test_workers",
     "--json": "test_json_prints_the_summary_alone",
 }
@@ -459,6 +460,18 @@ def test_cuda(tmp_path, call, tiny):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_no_cuda_graph(tmp_path, call, tiny):
+    outcomes = {}
+    for flags in ((), ("--no-cuda-graph",)):
+        outcomes[flags] = call(train, *tiny, "--cuda", "1", *flags, "--run-dir", tmp_path / f"run{len(flags)}")
+        assert outcomes[flags].status == 0, outcomes[flags].err
+    said = ["as CUDA graphs" in outcome.out and "note: no CUDA graph" not in outcome.out for outcome in outcomes.values()]
+    assert said == [True, False]
+    ours, theirs = ([json.loads(line) for line in (tmp_path / f"run{i}/metrics.jsonl").read_text().splitlines()] for i in range(2))
+    assert ours[-1]["train_loss"] == pytest.approx(theirs[-1]["train_loss"], rel=1e-2)
+
+
 def test_pretrained(tmp_path, call, tiny, monkeypatch):
     """Torchvision's weights from its cache: in the student, but for its last layer, and in a teacher trained first."""
     import torchvision
@@ -547,6 +560,7 @@ USAGE_ERRORS = {
         ["--teacher", "plane4", "--augment", "rotate-crop-flip", "--teacher-cache", "full"],
         "--teacher-cache full: rotate-crop-flip",
     ),
+    "a graph on the CPU": (["--no-cuda-graph"], "about GPUs"),
     "images of nothing": (["--image-size", "0"], "at least 8"),
     "no epochs": (["--epochs", "0"], "at least 1"),
     "half an epoch": (["--epochs", "1.5"], "whole number"),
