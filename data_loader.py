@@ -7,8 +7,8 @@
   python3 data_loader.py --download cifar10 cifar100 --dataset-dir data      fetch them now, as on a cluster's login node
 
 Order and views come from two generators seeded by (seed, epoch), so any epoch can be rebuilt alone, from any step on, on any
-device. Folders of images are decoded once, at the size that networks get, into one file that is mapped into memory, so that they
-need not fit there; views without end are made of the original files, by worker processes.
+device. Folders of images are decoded once, at the size that networks get, into one file, which is read into memory, or mapped where
+it takes more than half of what is free; views without end are made of the original files, by worker processes.
 Legend: N images of a split, B of a batch, H W their size.
 """
 
@@ -443,7 +443,7 @@ def folder_digest(folder):
 
 
 def _class_folders(name, folder, size, say):
-    """`<folder>/{train,test}/<class>/<image>`, sorted by name, decoded once and then mapped from one array file.
+    """`<folder>/{train,test}/<class>/<image>`, sorted by name, decoded once and then read from one array file.
 
     Returns ({part: (images, labels)}, classes, {part: files}). Images of `folder` are brought to size x size, of the others they
     must have it.
@@ -518,10 +518,11 @@ def _signature(folder, listings, times=True):
 
 
 def _decoded(paths, cache, size, resize, say):
-    """uint8 (N, 3, size, size), mapped from the file `cache`, which is made first where it is absent or damaged."""
+    """uint8 (N, 3, size, size), in memory or mapped from the file `cache`, which is made first where it is absent or damaged."""
     shape = (len(paths), 3, size, size)
+    mapped = "c" if int(np.prod(shape)) > 0.5 * _free_memory() else None
     with contextlib.suppress(OSError, ValueError, EOFError):
-        images = np.load(cache, mmap_mode="c")
+        images = np.load(cache, mapped)
         if (images.shape, images.dtype) == (shape, np.uint8):
             return images
     say(f"decoding {len(paths)} images of {cache.parent} (once; kept in {cache})")
@@ -535,7 +536,7 @@ def _decoded(paths, cache, size, resize, say):
         for old in cache.parent.glob(f"{CACHE_NAME}-{size}-*.npy"):
             if old != cache:
                 old.unlink(missing_ok=True)
-        return np.load(cache, mmap_mode="c")
+        return np.load(cache, mapped)
     except OSError as error:  # a read-only share, a full disk: the next start decodes again
         needed, free = int(np.prod(shape)), _free_memory()
         if needed > 0.9 * free:

@@ -85,6 +85,17 @@ def test_images_are_decoded_once_a_size(folder, monkeypatch):
         loaded(folder, 24)
 
 
+def test_images_that_do_not_fit_are_mapped(folder, monkeypatch):
+    inside = loaded(folder)[0]["train"]
+    monkeypatch.setattr(data_loader, "_free_memory", lambda: 0)
+    monkeypatch.setattr(data_loader.np, "load", lambda *options, load=np.load: mapped.append(load(*options)) or mapped[-1])
+    mapped = []
+    outside = loaded(folder)[0]["train"]
+    assert isinstance(mapped[0], np.memmap) and torch.equal(inside.images, outside.images)
+    index = torch.tensor([30, 2])
+    assert torch.equal(outside.take(index), inside.images[index])
+
+
 def test_val_beside_test_selects_the_epoch(folder):
     shutil.copytree(folder / "val", folder / "test")
     (folder / "test/red/00.jpg").unlink()
