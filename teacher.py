@@ -243,16 +243,15 @@ class LogitsTable:
         return rows.float().to(batch.images.device)
 
     def fill(self, say):
-        """Ask the teacher for everything not in the table yet, view by view; on a GPU, keep the table there."""
-        told = time.monotonic()
-        views = self.values.shape[1]
-        for view in range(views):
-            missing = (~_filled(self.values[:, view])).nonzero()[:, 0]
-            for index in missing.split(8 * self.teacher.call_size) if len(missing) else ():
-                self._ask(index, torch.full_like(index, view))
-                if time.monotonic() - told > 60:
-                    told = time.monotonic()
-                    say(f"table: view {view + 1} of {views}")
+        """Ask the teacher for everything not in the table yet, in the file's order; on a GPU, keep the table there."""
+        told, block = time.monotonic(), max(1, 8 * self.teacher.call_size // self.values.shape[1])
+        for first in range(0, len(self.values), block):
+            index, views = (~_filled(self.values[first : first + block])).nonzero(as_tuple=True)
+            if len(index):
+                self._ask(first + index, views)
+            if time.monotonic() - told > 60:
+                told = time.monotonic()
+                say(f"table: {first + block} of {len(self.values)} images")
         if self.split.device.type == "cuda":
             self.resident = self.values.to(self.split.device)
 
