@@ -282,11 +282,12 @@ def leaderboard(document, groups):
             rows.append([
                 group.path[-1], str(rank) if group.finished else "", study.arrows(group.path[:-1]) or "labels", group.method or "", settings_of(group),
                 recipe_of(group), seeds_of(group), percent(group.mean("best"), group.deviation("best")),
-                percent(group.mean("last"), group.deviation("last")), ", ".join(f"{value:.2f} ({source})" for source, value in theirs.items()),
+                percent(group.mean("last"), group.deviation("last")),
+                "" if group.epoch_seconds is None else f"{group.epoch_seconds:.1f}", ", ".join(f"{value:.2f} ({source})" for source, value in theirs.items()),
             ])  # fmt: skip
         document.heading(dataset, 3)
         document.table(
-            ["network", "rank", "learned from", "method", "settings", "recipe, epochs", "seeds", "best, %", "last, %", "published"],
+            ["network", "rank", "learned from", "method", "settings", "recipe, epochs", "seeds", "best, %", "last, %", "s an epoch", "published"],
             rows,
         )
     if quoted:

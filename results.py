@@ -103,6 +103,12 @@ class Group:
         return statistics.stdev(values) if len(values) > 1 else None
 
     @property
+    def epoch_seconds(self):
+        """Median training and evaluation of one epoch, over all runs; None before the first is over."""
+        seconds = [record["train_seconds"] + record["evaluation_seconds"] for run in self.runs for record in run.records]
+        return statistics.median(seconds) if seconds else None
+
+    @property
     def method(self):
         return self.config.get("method")
 

@@ -159,6 +159,8 @@ def test_a_collection_becomes_a_leaderboard(three_seeds, record, tmp_path, call)
     assert plane2[0] == ["plane2", "1", "plane10", "kd", "T 9, λ 0.1", "1", "61.00"], "another setting is another row"
     assert plane2[1][:3] == ["plane2", "2", "plane10 > plane4"] and plane2[1][5:] == ["3", "43.50 ± 0.56"]
     assert "88.52 (paper)" in text.split("### cifar10")[1]
+    header, first = rows_of(text, "### digits")[0], rows_of(text, "### digits")[2]
+    assert float(first[header.index("s an epoch")]) > 0
 
 
 def test_two_studies_of_the_same_networks_stand_apart(three_seeds, tmp_path, call):
