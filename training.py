@@ -277,10 +277,12 @@ def fit(session, directory, recorded, origins, identity, signals):
                 record = evaluated_record(session)
             except checkpoint.Stopped:
                 session.save(directory.last_file)
+                tell_stop(session)
                 raise
             with signals.deferred():
                 close_epoch(session, directory, record, directory.path / name)
             if stop := world.highest(signals.received or 0):
+                tell_stop(session)
                 raise checkpoint.Stopped(stop)
     directory.close()
     summary = world.shared(lambda: summarise(session, directory, directory.path / name))
@@ -354,8 +356,12 @@ def train_one_epoch(session, learner, lesson, directory, signals):
             elif world.size > 1:
                 session.sums.unite(world.total)
     if stop:
-        session.console.say(f"stopped at epoch {session.epoch}, step {session.step}; the same command continues")
+        tell_stop(session)
         raise checkpoint.Stopped(stop)
+
+
+def tell_stop(session):
+    session.console.say(f"stopped at epoch {session.epoch}, step {session.step}; the same command continues")
 
 
 def learning_rate(session):
