@@ -32,6 +32,7 @@ def copy(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_readmes_chain_on_digits(copy, run_in):
     """Teacher, assistant, student and the scores, typed one after the other."""
     typed = [line for line in commands((ROOT / "README.md").read_text()) if "digits" in line]
