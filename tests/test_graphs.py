@@ -29,7 +29,7 @@ class Tape:
 
         def play():
             self.plays += 1
-            row.copy_(function()[1] * (1 + (self.fault == "result")))
+            row.copy_(function()[1])
             if self.fault == "weights":
                 self.weights[0].data += 1
 
