@@ -36,13 +36,9 @@ def conv_norm(conv, bn, x, residual=None, relu=True, pool=False):
     if isinstance(conv, PackedConv):
         x = conv(x, residual, relu)
         return F.max_pool2d(x, 2) if pool else x
-    x = conv(x)
-    if bn.training and _applies(bn, x):
-        if pool and x.shape[2] % 2 == 0 and x.shape[3] % 2 == 0:
-            return _NormPool.apply(x, bn.weight, bn.bias, bn)
-        if not pool:
-            return _Norm.apply(x, residual, bn.weight, bn.bias, bn, relu)
-    x = bn(x)
+    if bn.training and _applies(conv, bn, x, pool):
+        return _ConvNorm.apply(x, residual, conv.weight, conv.bias, bn.weight, bn.bias, conv, bn, relu, pool)
+    x = bn(conv(x))
     if residual is not None:
         x = x.add_(residual)  # nobody else needs what batch norm returned
     if pool:  # before the ReLU, which is then a quarter of the work: max and ReLU commute
@@ -90,6 +86,53 @@ class PackedConv(torch.nn.Module):
         return binary(x, residual, self.weight, self.bias, *self.place, "add", 1.0, last if relu else None, [], "")
 
 
+class PackedStage(torch.nn.Module):
+    """Residual blocks that never learn, in bf16 and one call: `stage` is a sequence of model_factory.BasicBlocks without batch norm.
+
+    An image passes all of them before the next one does, so that it never leaves the cache. Inputs of other kinds take `stage` itself.
+    """
+
+    def __init__(self, stage):
+        super().__init__()
+        first = stage[0].conv1
+        self.stage, self.blocks, self.stride = stage, len(stage), first.stride[0]
+        self.shape = first.in_channels, first.out_channels
+        convs = [conv for block in stage for conv in (block.conv1, block.conv2)]
+        self.weights, self.biases = torch.cat([_pairs(conv.weight) for conv in convs]), torch.cat([conv.bias for conv in convs])
+        shortcut = stage[0].shortcut_weights()
+        self.shortcut = shortcut and (_pairs(shortcut[0]), shortcut[1].contiguous())
+
+    @staticmethod
+    def suits(stage, dtype):
+        """Whether this processor and these blocks are such as kernels.c takes."""
+        channels = {size for block in stage for conv in (block.conv1, block.conv2) for size in (conv.in_channels, conv.out_channels)}
+        return dtype == torch.bfloat16 and available(dtype) and _multiplies_pairs() and not any(size % 16 for size in channels)
+
+    def forward(self, x):
+        (inputs, outputs), (images, _, height, width), step = self.shape, x.shape, self.stride
+        fits = height % step == width % step == 0 and (width // step) % (16 if outputs % 32 else 8) == 0
+        if not (fits and x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last) and available(x.dtype)):
+            return self.stage(x)
+        y = torch.empty((images, outputs, height // step, width // step), dtype=x.dtype, memory_format=torch.channels_last)
+        _library(x.dtype).residual_stage(
+            _at(x), _at(y), ctypes.c_long(images), height, width, inputs, outputs, step, self.blocks, _at(self.weights), _at(self.biases),
+            *map(_at, self.shortcut or (None, None)), torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+
+def _pairs(weight):
+    """A convolution's weight (out, in, h, w) as bf16 (h w, in / 2, out, 2), flat: what kernels.c multiplies in pairs of inputs."""
+    outputs, inputs, height, width = weight.shape
+    places = weight.detach().to(torch.bfloat16).permute(2, 3, 1, 0).reshape(height * width, inputs // 2, 2, outputs)
+    return places.transpose(2, 3).flatten()
+
+
+def _multiplies_pairs():
+    """Whether kernels.c was compiled for a processor with bf16 dot products, which its convolutions are made of."""
+    return hasattr(_library(torch.bfloat16), "residual_stage")
+
+
 def available(dtype=torch.float32):
     """Whether this process has the compiled kernels."""
     return not _switched_off and _library(dtype) is not None
@@ -106,86 +149,119 @@ def switched_off():
         _switched_off = before
 
 
-def _applies(bn, x):
+def _applies(conv, bn, x, pool):
+    height, width = _size_after(conv, x)
     return (
         x.device.type == "cpu"
-        and type(bn) is torch.nn.BatchNorm2d  # a subclass means something else
+        and type(conv) is torch.nn.Conv2d  # a subclass means something else
+        and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros")
+        and type(bn) is torch.nn.BatchNorm2d
         and bn.affine
         and bn.track_running_stats
         and bn.momentum is not None
         and bn.weight.dtype == torch.float32
-        and x.dtype in (torch.bfloat16, torch.float32)
-        and x.shape[1] % 16 == 0
-        and x.numel() > x.shape[1]  # a single value a channel has no variance: let PyTorch say so
+        and conv.weight.dtype == torch.float32
+        and _dtype(x) in (torch.bfloat16, torch.float32)
+        and conv.out_channels % 16 == 0
+        and len(x) * height * width > 1  # a single value a channel has no variance: let PyTorch say so
+        and not (pool and (height % 2 or width % 2))
         and x.is_contiguous(memory_format=torch.channels_last)
-        and available(x.dtype)
+        and available(_dtype(x))
     )
 
 
-class _Norm(torch.autograd.Function):
-    """relu(bn(x) + residual) for channels-last tensors."""
+def _size_after(conv, x):
+    return [(size + 2 * pad - kernel) // step + 1 for size, pad, kernel, step in zip(x.shape[2:], conv.padding, conv.kernel_size, conv.stride, strict=True)]
+
+
+def _dtype(x):
+    """What autocast, where it is on, would have a convolution compute in."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+
+
+class _ConvNorm(torch.autograd.Function):
+    """`conv_norm` for channels-last tensors: a step of a network is a few dozen of these, and autograd has one node for each."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, bn, relu):
-        y = torch.empty_like(x)
-        if residual is not None:
-            residual = _like(residual, x)
-        saved = torch.empty(2, x.shape[1])
-        _library(x.dtype).forward(
-            _at(x), _at(residual), _at(y), _rows(x), x.shape[1], *_parameters(bn), *_at_rows(saved), int(relu), torch.get_num_threads()
-        )
+    def forward(ctx, x, residual, weight, bias, gamma, beta, conv, bn, relu, pool):
+        dtype = _dtype(x)
+        x = _like(x, dtype)
+        weight = _like(weight, dtype)
+        z = _like(F.conv2d(x, weight, None if bias is None else bias.to(dtype), conv.stride, conv.padding), dtype)
+        residual = None if residual is None else _like(residual, dtype)
+        images, channels, height, width = z.shape
+        saved, library, threads = torch.empty(2, channels), _library(dtype), torch.get_num_threads()
+        if pool:
+            shape = (images, channels, height // 2, width // 2)
+            y = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+            kept = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+            library.forward_pool(
+                _at(z), _at(y), _at(kept), ctypes.c_long(images), height, width, channels, *_parameters(bn), *_at_rows(saved), threads
+            )
+        else:
+            y = torch.empty_like(z)
+            kept = None if residual is None else y
+            library.forward(
+                _at(z), _at(residual), _at(y), _rows(z), channels, *_parameters(bn), *_at_rows(saved), int(relu), threads
+            )
         bn.num_batches_tracked.add_(1)
-        ctx.save_for_backward(x, y if residual is not None else None, weight, bias, saved)
-        ctx.relu, ctx.has_residual = relu, residual is not None
+        ctx.save_for_backward(x, weight, z, kept, gamma, beta, saved)
+        ctx.conv, ctx.relu, ctx.pool, ctx.has_bias = conv, relu, pool, bias is not None
         return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, y, weight, bias, saved = ctx.saved_tensors
-        dy = _like(dy, x)
+        x, weight, z, kept, gamma, beta, saved = ctx.saved_tensors
+        dy = _like(dy, z.dtype)
+        dz, dresidual, gradients = torch.empty_like(z), None, torch.empty_like(saved)
+        images, channels, height, width = z.shape
+        library, threads = _library(z.dtype), torch.get_num_threads()
+        if ctx.pool:
+            library.backward_pool(
+                _at(z), _at(kept), _at(dy), _at(dz), ctypes.c_long(images), height, width, channels, _at(gamma), *_at_rows(saved),
+                *_at_rows(gradients), threads,
+            )  # fmt: skip
+        else:
+            if kept is not None and ctx.needs_input_grad[1]:
+                dresidual = torch.empty_like(z)
+            library.backward(
+                _at(z), _at(kept), _at(dy), _at(dz), _at(dresidual), _rows(z), channels, _at(gamma), _at(beta),
+                *_at_rows(saved), *_at_rows(gradients), int(ctx.relu), threads,
+            )  # fmt: skip
+        needs_x, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        dx, dweight = _conv_gradients(ctx.conv, x, weight, dz, needs_x, needs_weight)
+        dbias = torch.zeros(channels) if needs_bias and ctx.has_bias else None  # batch norm takes a constant away again
+        return dx, dresidual, dweight, dbias, gradients[0], gradients[1], None, None, None, None
+
+
+def _conv_gradients(conv, x, weight, dy, needs_x, needs_weight):
+    """Of a convolution with its input x and weight, as far as needed: ours where oneDNN's are slower (docs/performance.md)."""
+    images, channels, height, width = x.shape
+    kernel, stride, threads = weight.shape[2], conv.stride[0], torch.get_num_threads()
+    (library, sizes), dx, dweight = (_library(x.dtype), (ctypes.c_long(images), height, width, channels, weight.shape[0])), None, None
+    ours = (
+        x.dtype == torch.bfloat16
+        and _multiplies_pairs()
+        and conv.stride in ((1, 1), (2, 2))
+        and (conv.kernel_size, conv.padding) in (((1, 1), (0, 0)), ((3, 3), (1, 1)))
+        and channels % 16 == 0
+        and height % (2 * stride) == width % (2 * stride) == 0
+    )
+    if needs_x and ours and stride == 2 and (width // 2) % (16 if channels % 32 else 8) == 0:
         dx = torch.empty_like(x)
-        dresidual = torch.empty_like(x) if ctx.has_residual and ctx.needs_input_grad[1] else None
-        gradients = torch.empty_like(saved)
-        _library(x.dtype).backward(
-            _at(x), _at(y), _at(dy), _at(dx), _at(dresidual), _rows(x), x.shape[1], _at(weight), _at(bias),
-            *_at_rows(saved), *_at_rows(gradients), int(ctx.relu), torch.get_num_threads(),
-        )  # fmt: skip
-        return dx, dresidual, gradients[0], gradients[1], None, None
+        library.strided_conv_input_gradient(_at(weight), _at(dy), _at(dx), *sizes, kernel, threads)
+    if needs_weight and ours and kernel == 3:
+        dweight = torch.empty(weight.shape, memory_format=torch.channels_last)
+        library.conv_weight_gradient(_at(x), _at(dy), _at(dweight), *sizes, stride, threads)
+    left = needs_x and dx is None, needs_weight and dweight is None
+    if any(left):
+        theirs = torch.ops.aten.convolution_backward(dy, x, weight, None, conv.stride, conv.padding, (1, 1), False, (0, 0), 1, (*left, False))
+        dx, dweight = (theirs[0] if left[0] else dx), (theirs[1] if left[1] else dweight)
+    return dx, dweight
 
 
-class _NormPool(torch.autograd.Function):
-    """max_pool2d(relu(bn(x)), 2) for channels-last tensors of even height and width."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, bn):
-        images, channels, height, width = x.shape
-        shape = (images, channels, height // 2, width // 2)
-        y = torch.empty(shape, dtype=x.dtype, memory_format=torch.channels_last)
-        place = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
-        saved = torch.empty(2, channels)
-        _library(x.dtype).forward_pool(
-            _at(x), _at(y), _at(place), images, height, width, channels, *_parameters(bn), *_at_rows(saved), torch.get_num_threads()
-        )
-        bn.num_batches_tracked.add_(1)
-        ctx.save_for_backward(x, place, weight, saved)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, place, weight, saved = ctx.saved_tensors
-        dy = _like(dy, x)
-        dx = torch.empty_like(x)
-        gradients = torch.empty_like(saved)
-        images, channels, height, width = x.shape
-        _library(x.dtype).backward_pool(
-            _at(x), _at(place), _at(dy), _at(dx), images, height, width, channels, _at(weight), *_at_rows(saved),
-            *_at_rows(gradients), torch.get_num_threads(),
-        )  # fmt: skip
-        return dx, gradients[0], gradients[1], None
-
-
-def _like(tensor, model):
-    return tensor.to(model.dtype).contiguous(memory_format=torch.channels_last)
+def _like(tensor, dtype):
+    return tensor.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 def _at(tensor):
