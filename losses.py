@@ -460,8 +460,8 @@ def find(name):
 def build(name, options, student, teacher, labels):
     """The method `name` for two networks, given as Features of two images (without gradients), and a training split's labels (N,).
 
-    `options` are spelled as users do: `lambda`, a word of Python's, is `lambda_` in a constructor. What goes wrong, also in a first
-    call of a user's own method, is a UserError.
+    `options` are spelled as users do: `lambda`, a word of Python's, is `lambda_` in a constructor. What goes wrong, also in a user's
+    own method while it trains, is a UserError; a first call of that is made here.
     """
     method_class = find(name)
     asked = inspect.signature(method_class).parameters
@@ -470,6 +470,7 @@ def build(name, options, student, teacher, labels):
         method = method_class(**given, **{"lambda_" if key == "lambda" else key: value for key, value in options.items()})
         if name not in METHODS:
             _try(copy.deepcopy(method), student, teacher, labels)
+            method.forward = _told_in_one_line(name)(method.forward)
     return method
 
 

@@ -583,6 +583,17 @@ def test_what_is_wrong_with_a_users_own_is_one_line_and_nothing_is_written(case,
     assert not (tmp_path / "run").exists()
 
 
+def test_what_goes_wrong_later_is_one_line_as_well(tmp_path, distil):
+    """At the epoch's last batch, the only one of another size."""
+    (tmp_path / "own.py").write_text(
+        OWN.replace("        return", "        assert len(labels) in (2, 512), 'odd batch'\n        return")
+    )
+    outcome = distil(tmp_path / "run", f"{tmp_path / 'own.py'}:Own", "--batch-size", "512")
+    assert outcome.status == 2 and outcome.err.count("\n") == 1 and "odd batch (AssertionError, own.py line 13)" in outcome.err, (
+        outcome.err
+    )
+
+
 def test_a_users_own_may_have_parameters_and_options_of_every_kind(tmp_path, distil):
     (tmp_path / "own.py").write_text(OWN)
     outcome = distil(tmp_path / "run", f"{tmp_path / 'own.py'}:Own", "--method-option", "size=3", "sharp=yes", "kind=hard")

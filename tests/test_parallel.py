@@ -230,6 +230,42 @@ def test_a_signal_saves_and_the_same_command_continues(number, tmp_path, call, s
         assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-2)
 
 
+@pytest.mark.slow
+def test_a_continued_group_ends_with_the_bits_of_an_undisturbed_one(tmp_path, start, group, tiny):
+    command = (*tiny, *SMALL)
+    process = start("-c", LAUNCH, 2, "train.py", *command, "--save-minutes", "0.0003", "--run-dir", tmp_path / "run")
+    wait_for(lambda: past_first_epoch(tmp_path / "run"), process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    for run in ("run", "whole"):
+        assert group(*command, "--run-dir", tmp_path / run)[::2] == (0, "")
+    states = [checkpoint.read(tmp_path / run / "last.pth.tar")["model_state_dict"] for run in ("run", "whole")]
+    assert checkpoint.digest(states[0]) == checkpoint.digest(states[1])
+
+
+@pytest.mark.slow
+def test_one_process_continues_what_two_began(tmp_path, call, start, tiny):
+    command = (*tiny, *SMALL)
+    process = start("-c", LAUNCH, 2, "train.py", *command, "--save-minutes", "0.0003", "--run-dir", tmp_path / "run")
+    wait_for(lambda: past_first_epoch(tmp_path / "run"), process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    outcome = call(train, *command, "--run-dir", tmp_path / "run")
+    assert outcome.status == 0 and "processes changed since the run began: rounding will differ" in outcome.out
+    assert call(train, *command, "--run-dir", tmp_path / "alone").status == 0
+    for record, expected in zip(records(tmp_path / "run"), records(tmp_path / "alone"), strict=True):
+        assert record["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-2)
+
+
+@pytest.mark.slow
+def test_processes_end_with_a_launcher_that_is_killed(tmp_path, start, tiny):
+    process = start("-c", LAUNCH, 2, "train.py", *tiny, *SMALL, "--save-minutes", "0.0003", "--run-dir", tmp_path)
+    wait_for(lambda: past_first_epoch(tmp_path), process)
+    process.kill()
+    out, _ = process.communicate(timeout=300)  # returns when its processes, too, have closed their output
+    assert out.count("the same command continues") == 1
+
+
 def test_a_process_that_dies_ends_the_others(tmp_path, start, tiny):
     process = start("-c", LAUNCH, 2, "train.py", *tiny, "--batch-size", "2", "--epochs", "9", "--run-dir", tmp_path)
     wait_for((tmp_path / "config.json").exists, process)
