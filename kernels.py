@@ -5,11 +5,12 @@
     y = conv_norm(conv, bn, x, pool=True)            max_pool2d(relu(bn(conv(x))), 2)
     y = conv_norm(conv, bn, x, relu=False)           bn(conv(x))
 
-In training, what follows the convolution takes one pass over memory instead of three or four (kernels.c); a frozen teacher's
-convolutions do their ReLU and residual themselves (PackedConv). Both are the same function, gradients and running statistics as
-PyTorch's own operations, to rounding (tests/test_kernels.py), which run wherever the fast way does not apply: on a GPU, without
-a C compiler, in other memory layouts. kernels.c is compiled once per machine by its own compiler, in about a second, and kept in
-the user's cache folder. Why: much of a small network's step is not in its convolutions (docs/performance.md).
+In training, what follows the convolution takes one pass over memory instead of three or four, and in bf16 the gradients of 3x3 and
+strided convolutions are kernels.c's own. A frozen teacher's convolutions do their ReLU and residual themselves (PackedConv), and its
+residual stages run as a whole (PackedStage). All are the same function, gradients and running statistics as PyTorch's own operations,
+to rounding (tests/test_kernels.py), which run wherever the fast way does not apply: on a GPU, without a C compiler, in other memory
+layouts. kernels.c is compiled once per machine by its own compiler, in two seconds, and kept in the user's cache folder. Why: much of
+a small network's step is not in its convolutions, and much of these is in two kinds of gradients (docs/performance.md).
 """
 
 import contextlib
@@ -103,10 +104,13 @@ class PackedStage(torch.nn.Module):
         self.shortcut = shortcut and (_pairs(shortcut[0]), shortcut[1].contiguous())
 
     @staticmethod
-    def suits(stage, dtype):
-        """Whether this processor and these blocks are such as kernels.c takes."""
-        channels = {size for block in stage for conv in (block.conv1, block.conv2) for size in (conv.in_channels, conv.out_channels)}
-        return dtype == torch.bfloat16 and available(dtype) and _multiplies_pairs() and not any(size % 16 for size in channels)
+    def suits(module, dtype):
+        """Whether a module is a stage of such blocks, and they and this processor are such as kernels.c takes."""
+        if not (dtype == torch.bfloat16 and available(dtype) and _multiplies_pairs() and isinstance(module, torch.nn.Sequential)):
+            return False
+        blocks = [block for block in module if hasattr(block, "shortcut_weights")]
+        channels = [size for block in blocks for conv in (block.conv1, block.conv2) for size in (conv.in_channels, conv.out_channels)]
+        return 0 < len(blocks) == len(module) and not any(size % 16 for size in channels)
 
     def forward(self, x):
         (inputs, outputs), (images, _, height, width), step = self.shape, x.shape, self.stride
@@ -238,7 +242,8 @@ def _conv_gradients(conv, x, weight, dy, needs_x, needs_weight):
     """Of a convolution with its input x and weight, as far as needed: ours where oneDNN's are slower (docs/performance.md)."""
     images, channels, height, width = x.shape
     kernel, stride, threads = weight.shape[2], conv.stride[0], torch.get_num_threads()
-    (library, sizes), dx, dweight = (_library(x.dtype), (ctypes.c_long(images), height, width, channels, weight.shape[0])), None, None
+    library, sizes = _library(x.dtype), (ctypes.c_long(images), height, width, channels, weight.shape[0])
+    dx = dweight = None
     ours = (
         x.dtype == torch.bfloat16
         and _multiplies_pairs()

@@ -26,7 +26,6 @@ import data_loader
 import engine
 import files
 from kernels import PackedConv, PackedStage
-from model_factory import BasicBlock
 from names import UserError
 
 
@@ -153,7 +152,7 @@ def _pack(module, dtype):
     for (name, child), (_, following) in zip(children, [*children[1:], (None, None)], strict=False):
         if isinstance(child, nn.Conv2d) and isinstance(following, nn.Identity):
             setattr(module, name, PackedConv(child, dtype))
-        elif isinstance(child, nn.Sequential) and all(isinstance(block, BasicBlock) for block in child) and PackedStage.suits(child, dtype):
+        elif PackedStage.suits(child, dtype):
             setattr(module, name, PackedStage(child))
             _pack(child, dtype)
         else:
