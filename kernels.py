@@ -233,13 +233,15 @@ class _ConvNorm(torch.autograd.Function):
                 *_at_rows(saved), *_at_rows(gradients), int(ctx.relu), threads,
             )  # fmt: skip
         needs_x, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        dx, dweight = _conv_gradients(ctx.conv, x, weight, dz, needs_x, needs_weight)
+        dx, dweight = conv_gradients(ctx.conv, x, weight, dz, needs_x, needs_weight)
         dbias = torch.zeros(channels) if needs_bias and ctx.has_bias else None  # batch norm takes a constant away again
         return dx, dresidual, dweight, dbias, gradients[0], gradients[1], None, None, None, None
 
 
-def _conv_gradients(conv, x, weight, dy, needs_x, needs_weight):
-    """Of a convolution with its input x and weight, as far as needed: ours where oneDNN's are slower (docs/performance.md)."""
+def conv_gradients(conv, x, weight, dy, needs_x, needs_weight):
+    """(dx, dweight) of a convolution with its input x (B, in, H, W) and weight, both as it computed with them, channels last; each None
+    unless needed. Ours where oneDNN's are slower (docs/performance.md), and then dweight is float32.
+    """
     images, channels, height, width = x.shape
     kernel, stride, threads = weight.shape[2], conv.stride[0], torch.get_num_threads()
     library, sizes = _library(x.dtype), (ctypes.c_long(images), height, width, channels, weight.shape[0])

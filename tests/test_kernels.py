@@ -209,14 +209,14 @@ def test_gradients_of_a_convolution(inputs, outputs, height, width, kernel, stri
     x, weight = bf16(images, inputs, height, width, seed=1), bf16(outputs, inputs, kernel, kernel, seed=2)
     dy = bf16(images, outputs, height // stride, width // stride, seed=3)
     calls = Calls(monkeypatch)
-    dx, dweight = kernels._conv_gradients(conv, x, weight, dy, True, True)
+    dx, dweight = kernels.conv_gradients(conv, x, weight, dy, True, True)
     assert ("strided_conv_input_gradient" in calls.made) == (stride == 2)
     assert ("conv_weight_gradient" in calls.made) == (kernel == 3)
     place = (stride, stride), (kernel // 2, kernel // 2), (1, 1), False, (0, 0), 1, (True, True, False)
     true_dx, true_dweight, _ = torch.ops.aten.convolution_backward(dy.double(), x.double(), weight.double(), None, *place)
     assert (dx.double() - true_dx).norm() <= 3e-3 * true_dx.norm()
     assert (dweight.double() - true_dweight).norm() <= (1e-5 if kernel == 3 else 3e-3) * true_dweight.norm()
-    again = kernels._conv_gradients(conv, x, weight, dy, True, True)
+    again = kernels.conv_gradients(conv, x, weight, dy, True, True)
     assert torch.equal(dx, again[0]) and torch.equal(dweight, again[1])
 
 
@@ -237,7 +237,7 @@ def test_other_convolutions_are_pytorchs(inputs, size, kernel, stride, padding):
     conv = nn.Conv2d(inputs, 32, kernel, stride, padding, bias=False)
     x, weight = bf16(2, inputs, size, size, seed=1), bf16(32, inputs, kernel, kernel, seed=2)
     dy = torch.randn_like(F.conv2d(x, weight, None, stride, padding))
-    ours = kernels._conv_gradients(conv, x, weight, dy, True, True)
+    ours = kernels.conv_gradients(conv, x, weight, dy, True, True)
     place = (stride, stride), (padding, padding), (1, 1), False, (0, 0), 1, (True, True, False)
     theirs = torch.ops.aten.convolution_backward(dy.double(), x.double(), weight.double(), None, *place)
     for mine, other in zip(ours, theirs[:2], strict=True):
