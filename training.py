@@ -57,6 +57,7 @@ class Session:
         if self.precision == "auto":
             chosen = "bf16" if native_bf16(self.device) else "fp32"
             self.precision = (recorded or {}).get("environment", {}).get("precision", chosen)
+        self.kernels = kernels.available(engine.input_dtype(self.precision))
         self._load_data()
         self.teacher, self.teacher_about = None, {}
         if "teacher" in settings:
@@ -151,7 +152,7 @@ class Session:
 
     def describe(self):
         settings, say = self.settings, self.console.say
-        fused = "" if self.device.type != "cpu" or kernels.available() else ", no C compiler: PyTorch's own batch norm, slower"
+        fused = "" if self.device.type != "cpu" or self.kernels else ", no C compiler: PyTorch's own batch norm, slower"
         processes = f"{self.world.size} processes of " if self.world.size > 1 else ""
         say(f"device    {self.device.type}, {self.precision}, {processes}{torch.get_num_threads()} threads{fused}")
         say(f"student   {settings['student']}, {model_factory.count_parameters(self.student):,} parameters")
@@ -254,7 +255,7 @@ def fit(session, directory, recorded, origins, identity, signals):
     config = identity | settings | {"origins": origins, "path": session.path, "argv": _argv()}
     config["environment"] = runlog.environment(session.device) | {
         "precision": session.precision,
-        "kernels": kernels.available(),
+        "kernels": session.kernels,
         "processes": world.size,
     }
     before = {"processes": 1} | recorded["environment"] if recorded else config["environment"]
