@@ -139,7 +139,7 @@ def total(student, labels, ce_weight=1.0, **terms):
 
 # -------------------------------------------------------------------------------------------------- methods
 class CrossEntropy(nn.Module):
-    """L = CE: ordinary training with the labels, the paper's NOKD; with a teacher too, which is then not heard."""
+    """L = CE: ordinary training with the labels, the paper's NOKD; with a teacher too, which is then not asked."""
 
     needs_features = False
 

@@ -150,6 +150,11 @@ class Session:
     def finished(self):
         return self.epoch >= self.settings["epochs"]
 
+    @property
+    def asked(self):
+        """The teacher as training asks it; None where there is none or the method, base, does not hear it."""
+        return None if isinstance(self.method, losses.CrossEntropy) else self.teacher
+
     def describe(self):
         settings, say = self.settings, self.console.say
         fused = "" if self.device.type != "cpu" or self.kernels else ", no C compiler: PyTorch's own batch norm, slower"
@@ -264,7 +269,7 @@ def fit(session, directory, recorded, origins, identity, signals):
         console.say(f"note: {' and '.join(changed)} changed since the run began: rounding will differ from an undisturbed run")
     if world.first:
         directory.start(config, session.epoch)
-    if session.teacher:
+    if session.asked or session.teacher and settings["teacher_cache"] != "auto":
         world.in_turn(lambda: attach_table(session.teacher, session.train, settings["augment"], settings["teacher_cache"],
                                            settings["teacher_checkpoint"], settings["epochs"], console.say))  # fmt: skip
     learner, lesson = world.wrap(session.student, session.method)
@@ -300,7 +305,7 @@ def step_graph(session):
     """Steps as CUDA graphs, where they never need the host; else None, and on a GPU a line that says why."""
     if session.device.type != "cuda" or session.settings.get("cuda_graph") is False:
         return None
-    table = session.teacher and session.teacher.table
+    table = session.asked and session.asked.table
     reasons = {
         "several processes share them": session.world.size > 1,
         "the images do not fit on the GPU": session.train.images.device != session.train.device,
@@ -329,11 +334,11 @@ def train_one_epoch(session, learner, lesson, directory, signals):
         batches = data_loader.train_draws(*order)
     else:
         batches = data_loader.train_batches(*order, world.rank, world.size, settings.get("workers", data_loader.usual_workers()))
-    if session.teacher and session.teacher.table:
+    if session.asked and session.asked.table:
         plan = data_loader.epoch_plan(session.train, settings["augment"], settings["seed"], session.epoch)
         parts = data_loader.train_parts(len(session.train), settings["batch_size"], session.step, world.rank, world.size)
         rows = torch.tensor([row for rows, _ in parts for row in range(rows.start, rows.stop)], dtype=torch.int64)
-        session.teacher.table.expect(plan.order[rows], plan.views[rows])
+        session.asked.table.expect(plan.order[rows], plan.views[rows])
     saved = time.monotonic()
     with session.console.progress(session.epoch, steps, session.step, settings["batch_size"]) as advance:
 
@@ -349,7 +354,7 @@ def train_one_epoch(session, learner, lesson, directory, signals):
             return decision > SAVE
 
         with signals.deferred():
-            engine.train_epoch(learner, lesson, session.teacher, session.optimizer, session.train, world.noting(batches),
+            engine.train_epoch(learner, lesson, session.asked, session.optimizer, session.train, world.noting(batches),
                                session.sums, session.precision, after_step, session.graph)  # fmt: skip
             stop = world.highest(signals.received or 0)
             if stop:
