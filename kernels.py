@@ -9,7 +9,7 @@ In training, what follows the convolution takes one pass over memory instead of 
 strided convolutions are kernels.c's own. A frozen teacher's convolutions do their ReLU and residual themselves (PackedConv), and its
 residual stages run as a whole (PackedStage). All are the same function, gradients and running statistics as PyTorch's own operations,
 to rounding (tests/test_kernels.py), which run wherever the fast way does not apply: on a GPU, without a C compiler, in other memory
-layouts. kernels.c is compiled once per machine by its own compiler, in two seconds, and kept in the user's cache folder. Why: much of
+layouts. kernels.c is compiled once per machine by its own compiler, in a few seconds, and kept in the user's cache folder. Why: much of
 a small network's step is not in its convolutions, and much of these is in two kinds of gradients (docs/performance.md).
 """
 
@@ -110,11 +110,12 @@ class PackedStage(torch.nn.Module):
             return False
         blocks = [block for block in module if hasattr(block, "shortcut_weights")]
         channels = [size for block in blocks for conv in (block.conv1, block.conv2) for size in (conv.in_channels, conv.out_channels)]
-        return 0 < len(blocks) == len(module) and not any(size % 16 for size in channels)
+        shortcuts = [block.shortcut_weights() for block in blocks[1:]]  # only the first block may change the shape
+        return 0 < len(blocks) == len(module) and not any(size % 16 for size in channels) and not any(shortcuts)
 
     def forward(self, x):
         (inputs, outputs), (images, _, height, width), step = self.shape, x.shape, self.stride
-        fits = height % step == width % step == 0 and (width // step) % (16 if outputs % 32 else 8) == 0
+        fits = height % step == width % step == 0 and (width // step) % _tile_width(outputs) == 0
         if not (fits and x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last) and available(x.dtype)):
             return self.stage(x)
         y = torch.empty((images, outputs, height // step, width // step), dtype=x.dtype, memory_format=torch.channels_last)
@@ -130,6 +131,11 @@ def _pairs(weight):
     outputs, inputs, height, width = weight.shape
     places = weight.detach().to(torch.bfloat16).permute(2, 3, 1, 0).reshape(height * width, inputs // 2, 2, outputs)
     return places.transpose(2, 3).flatten()
+
+
+def _tile_width(channels):
+    """Pixels of a line that kernels.c computes at once, of so many channels of the result."""
+    return 16 if channels % 32 else 8
 
 
 def _multiplies_pairs():
@@ -154,7 +160,6 @@ def switched_off():
 
 
 def _applies(conv, bn, x, pool):
-    height, width = _size_after(conv, x)
     return (
         x.device.type == "cpu"
         and type(conv) is torch.nn.Conv2d  # a subclass means something else
@@ -167,15 +172,19 @@ def _applies(conv, bn, x, pool):
         and conv.weight.dtype == torch.float32
         and _dtype(x) in (torch.bfloat16, torch.float32)
         and conv.out_channels % 16 == 0
-        and len(x) * height * width > 1  # a single value a channel has no variance: let PyTorch say so
-        and not (pool and (height % 2 or width % 2))
+        and not isinstance(conv.padding, str)
+        and _size_suits(conv, x, pool)
         and x.is_contiguous(memory_format=torch.channels_last)
         and available(_dtype(x))
     )
 
 
-def _size_after(conv, x):
-    return [(size + 2 * pad - kernel) // step + 1 for size, pad, kernel, step in zip(x.shape[2:], conv.padding, conv.kernel_size, conv.stride, strict=True)]
+def _size_suits(conv, x, pool):
+    geometry = zip(x.shape[2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
+    height, width = ((size + 2 * pad - kernel) // step + 1 for size, pad, kernel, step in geometry)
+    if pool and (height % 2 or width % 2):
+        return False
+    return len(x) * height * width > 1  # a single value a channel has no variance: let PyTorch say so
 
 
 def _dtype(x):
@@ -210,7 +219,7 @@ class _ConvNorm(torch.autograd.Function):
             )
         bn.num_batches_tracked.add_(1)
         ctx.save_for_backward(x, weight, z, kept, gamma, beta, saved)
-        ctx.conv, ctx.relu, ctx.pool, ctx.has_bias = conv, relu, pool, bias is not None
+        ctx.conv, ctx.relu, ctx.pool = conv, relu, pool
         return y
 
     @staticmethod
@@ -234,7 +243,7 @@ class _ConvNorm(torch.autograd.Function):
             )  # fmt: skip
         needs_x, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
         dx, dweight = conv_gradients(ctx.conv, x, weight, dz, needs_x, needs_weight)
-        dbias = torch.zeros(channels) if needs_bias and ctx.has_bias else None  # batch norm takes a constant away again
+        dbias = torch.zeros(channels) if needs_bias else None  # batch norm takes a constant away again
         return dx, dresidual, dweight, dbias, gradients[0], gradients[1], None, None, None, None
 
 
@@ -254,7 +263,7 @@ def conv_gradients(conv, x, weight, dy, needs_x, needs_weight):
         and channels % 16 == 0
         and height % (2 * stride) == width % (2 * stride) == 0
     )
-    if needs_x and ours and stride == 2 and (width // 2) % (16 if channels % 32 else 8) == 0:
+    if needs_x and ours and stride == 2 and (width // 2) % _tile_width(channels) == 0:
         dx = torch.empty_like(x)
         library.strided_conv_input_gradient(_at(weight), _at(dy), _at(dx), *sizes, kernel, threads)
     if needs_weight and ours and kernel == 3:

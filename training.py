@@ -153,7 +153,7 @@ class Session:
     @property
     def asked(self):
         """The teacher as training asks it; None where there is none or the method, base, does not hear it."""
-        return None if isinstance(self.method, losses.CrossEntropy) else self.teacher
+        return None if self.settings.get("method") == "base" else self.teacher
 
     def describe(self):
         settings, say = self.settings, self.console.say

@@ -237,6 +237,12 @@ def measure(case, split, folder, rounds, precision):
 
 def convolutions(rounds):
     """Of the convolutions of resnet8, whose gradients are kernels.c's in part: GFLOP/s of PyTorch's and of ours, in turns, in bf16."""
+
+    def torchs(conv, x, weight, gradient, *needs):
+        place = conv.stride, conv.padding, (1, 1), False, (0, 0), 1
+        return torch.ops.aten.convolution_backward(gradient, x, weight, None, *place, (*needs, False))
+
+    contenders = {"torch": torchs, "ours": kernels.conv_gradients}
     limit, rows, seen = Limit("resnet8", 100, "bf16"), [], set()
     print(f"{'convolution of resnet8':34} {'dx: torch':>10} {'ours':>6} {'dw: torch':>10} {'ours':>6}  GFLOP/s")
     for x, weight, gradient, conv, needs_input in limit.calls:
@@ -247,17 +253,11 @@ def convolutions(rounds):
         work = 2e-9 * gradient.numel() * weight[0].numel()
         row = {"input": list(x.shape), "weight": list(weight.shape), "stride": conv.stride[0]}
         for name, needs in {"dx": (True, False), "dw": (False, True)}.items():
-            contenders = {
-                "torch": lambda needs=needs, x=x, weight=weight, gradient=gradient, conv=conv: torch.ops.aten.convolution_backward(
-                    gradient, x, weight, None, conv.stride, conv.padding, (1, 1), False, (0, 0), 1, (*needs, False)),
-                "ours": lambda needs=needs, x=x, weight=weight, gradient=gradient, conv=conv: kernels.conv_gradients(
-                    conv, x, weight, gradient, *needs),
-            }  # fmt: skip
             seconds = {each: [] for each in contenders}
             for _ in range(2 + 3 * rounds):
                 for each, function in contenders.items():
                     started = time.perf_counter()
-                    function()
+                    function(conv, x, weight, gradient, *needs)
                     seconds[each].append(time.perf_counter() - started)
             row |= {f"{name}_{each}_gflops": work / float(np.median(taken[2:])) for each, taken in seconds.items()}
         rows.append(row)

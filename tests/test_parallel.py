@@ -202,6 +202,13 @@ def past_first_epoch(run):
     return last.exists() and (saved := checkpoint.read(last))["epoch"] >= 1 and saved["step"] > 0
 
 
+def under_way(start, *argv):
+    """A launcher whose two processes are inside their second epoch or later, and save often; the last argument is the run's folder."""
+    process = start("-c", LAUNCH, 2, "train.py", "--save-minutes", "0.0003", *argv)
+    wait_for(lambda: past_first_epoch(argv[-1]), process)
+    return process
+
+
 SMALL = (*QUIET, "--epochs", "3", "--batch-size", "48")
 
 
@@ -211,8 +218,7 @@ SMALL = (*QUIET, "--epochs", "3", "--batch-size", "48")
 def test_a_signal_saves_and_the_same_command_continues(number, tmp_path, call, start, group, tiny):
     command = (*tiny, *SMALL)
     run, alone = tmp_path / "run", tmp_path / "alone"
-    process = start("-c", LAUNCH, 2, "train.py", *command, "--save-minutes", "0.0003", "--run-dir", run)
-    wait_for(lambda: past_first_epoch(run), process)
+    process = under_way(start, *command, "--run-dir", run)
     members = children(process)
     process.send_signal(number)
     for pid in members:  # as a terminal and SLURM do: to the launcher and to its processes as well
@@ -233,8 +239,7 @@ def test_a_signal_saves_and_the_same_command_continues(number, tmp_path, call, s
 @pytest.mark.slow
 def test_a_continued_group_ends_with_the_bits_of_an_undisturbed_one(tmp_path, start, group, tiny):
     command = (*tiny, *SMALL)
-    process = start("-c", LAUNCH, 2, "train.py", *command, "--save-minutes", "0.0003", "--run-dir", tmp_path / "run")
-    wait_for(lambda: past_first_epoch(tmp_path / "run"), process)
+    process = under_way(start, *command, "--run-dir", tmp_path / "run")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=300)
     for run in ("run", "whole"):
@@ -246,8 +251,7 @@ def test_a_continued_group_ends_with_the_bits_of_an_undisturbed_one(tmp_path, st
 @pytest.mark.slow
 def test_one_process_continues_what_two_began(tmp_path, call, start, tiny):
     command = (*tiny, *SMALL)
-    process = start("-c", LAUNCH, 2, "train.py", *command, "--save-minutes", "0.0003", "--run-dir", tmp_path / "run")
-    wait_for(lambda: past_first_epoch(tmp_path / "run"), process)
+    process = under_way(start, *command, "--run-dir", tmp_path / "run")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=300)
     outcome = call(train, *command, "--run-dir", tmp_path / "run")
@@ -259,8 +263,7 @@ def test_one_process_continues_what_two_began(tmp_path, call, start, tiny):
 
 @pytest.mark.slow
 def test_processes_end_with_a_launcher_that_is_killed(tmp_path, start, tiny):
-    process = start("-c", LAUNCH, 2, "train.py", *tiny, *SMALL, "--save-minutes", "0.0003", "--run-dir", tmp_path)
-    wait_for(lambda: past_first_epoch(tmp_path), process)
+    process = under_way(start, *tiny, *SMALL, "--run-dir", tmp_path)
     process.kill()
     out, _ = process.communicate(timeout=300)  # returns when its processes, too, have closed their output
     assert out.count("the same command continues") == 1
