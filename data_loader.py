@@ -42,7 +42,6 @@ from torch.nn import functional as F
 
 import augmentation
 import checkpoint
-import kernels
 from files import locked, replacing
 from names import UserError
 
@@ -251,30 +250,19 @@ def normalise(images, mean, std, size=None, dtype=torch.float32):
 
     Images of another height and width than `size` are resized before, bilinearly and without aliasing.
     """
-    scale_shift, table = _constants(tuple(mean), tuple(std), dtype, images.device)
+    scale, shift = _constants(tuple(mean), tuple(std), images.device)
     if size not in (None, images.shape[-1]):
         images = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
-    else:
-        looked_up = kernels.look_up(images, table)
-        if looked_up is not None:
-            return looked_up
-    return _scaled(images, scale_shift, dtype)
-
-
-def _scaled(images, scale_shift, dtype):
-    values = images.to(torch.float32, memory_format=torch.channels_last)
-    return values.mul_(scale_shift[0]).add_(scale_shift[1]).to(dtype)
+    return images.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift).to(dtype)
 
 
 @functools.lru_cache
 @torch.inference_mode(False)  # they outlive an evaluation that asks for them first
-def _constants(mean, std, dtype, device):
-    """Factor and summand per channel, (2, 1, 3, 1, 1), and what each of the 256 values of a pixel becomes, (3, 256): made once."""
+def _constants(mean, std, device):
+    """Factor and summand per channel, (2, 1, 3, 1, 1): made once, as copying them would make each step wait for a GPU."""
     scale = [1 / (255 * deviation) for deviation in std]
     shift = [-average / deviation for average, deviation in zip(mean, std, strict=True)]
-    scale_shift = torch.tensor([scale, shift]).reshape(2, 1, 3, 1, 1)
-    values = torch.arange(256, dtype=torch.uint8).expand(1, 3, 1, 256)
-    return scale_shift.to(device), _scaled(values, scale_shift, dtype).reshape(3, 256).contiguous()
+    return torch.tensor([scale, shift]).reshape(2, 1, 3, 1, 1).to(device)
 
 
 # ------------------------------------------------------------------------------------------------ data sets

@@ -5,12 +5,11 @@
     y = conv_norm(conv, bn, x, pool=True)            max_pool2d(relu(bn(conv(x))), 2)
     y = conv_norm(conv, bn, x, relu=False)           bn(conv(x))
 
-In training, what follows the convolution takes one pass over memory instead of three or four, and in bf16 the gradients of 3x3 and
-strided convolutions are kernels.c's own. A frozen teacher's convolutions do their ReLU and residual themselves (PackedConv), and its
-residual stages run as a whole (PackedStage). All are the same function, gradients and running statistics as PyTorch's own operations,
-to rounding (tests/test_kernels.py), which run wherever the fast way does not apply: on a GPU, without a C compiler, in other memory
-layouts. kernels.c is compiled once per machine by its own compiler, in a few seconds, and kept in the user's cache folder. Why: much of
-a small network's step is not in its convolutions, and much of these is in two kinds of gradients (docs/performance.md).
+In training, what follows the convolution takes one pass over memory instead of three or four. A frozen teacher's convolutions do
+their ReLU and residual themselves (PackedConv). Both are the same function, gradients and running statistics as PyTorch's own
+operations, to rounding (tests/test_kernels.py), which run wherever the fast way does not apply: on a GPU, without a C compiler, in
+other memory layouts. kernels.c is compiled once per machine by its own compiler, in a few seconds, and kept in the user's cache
+folder. Why: much of a small network's step is not in its convolutions (docs/performance.md).
 """
 
 import contextlib
@@ -47,18 +46,6 @@ def conv_norm(conv, bn, x, residual=None, relu=True, pool=False):
     return F.relu(x, inplace=True) if relu else x
 
 
-def look_up(images, table):
-    """What `table` (3, 256) says of each value of uint8 images (B, 3, H, W), channels last; None where the fast way does not apply."""
-    if images.device.type != "cpu" or not images.is_contiguous() or images.shape[1] != 3 or not available(table.dtype):
-        return None
-    out = torch.empty(images.shape, dtype=table.dtype, memory_format=torch.channels_last)
-    count, pixels = images.shape[0], images.shape[2] * images.shape[3]
-    _library(table.dtype).look_up(
-        _at(images), _at(out), ctypes.c_long(count), ctypes.c_long(pixels), _at(table), torch.get_num_threads()
-    )
-    return out
-
-
 def keep_freed_memory():
     """Let this process keep what it frees: every step asks for the same tensors again, and fresh pages cost time."""
     trim_threshold, mmap_threshold = -1, -3  # of glibc's malloc.h; elsewhere there is no such function
@@ -85,62 +72,6 @@ class PackedConv(torch.nn.Module):
             return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.place, last, [], "")
         binary = torch.ops.mkldnn._convolution_pointwise.binary
         return binary(x, residual, self.weight, self.bias, *self.place, "add", 1.0, last if relu else None, [], "")
-
-
-class PackedStage(torch.nn.Module):
-    """Residual blocks that never learn, in bf16 and one call: `stage` is a sequence of model_factory.BasicBlocks without batch norm.
-
-    An image passes all of them before the next one does, so that it never leaves the cache. Inputs of other kinds take `stage` itself.
-    """
-
-    def __init__(self, stage):
-        super().__init__()
-        first = stage[0].conv1
-        self.stage, self.blocks, self.stride = stage, len(stage), first.stride[0]
-        self.shape = first.in_channels, first.out_channels
-        convs = [conv for block in stage for conv in (block.conv1, block.conv2)]
-        self.weights, self.biases = torch.cat([_pairs(conv.weight) for conv in convs]), torch.cat([conv.bias for conv in convs])
-        shortcut = stage[0].shortcut_weights()
-        self.shortcut = shortcut and (_pairs(shortcut[0]), shortcut[1].contiguous())
-
-    @staticmethod
-    def suits(module, dtype):
-        """Whether a module is a stage of such blocks, and they and this processor are such as kernels.c takes."""
-        if not (dtype == torch.bfloat16 and available(dtype) and _multiplies_pairs() and isinstance(module, torch.nn.Sequential)):
-            return False
-        blocks = [block for block in module if hasattr(block, "shortcut_weights")]
-        channels = [size for block in blocks for conv in (block.conv1, block.conv2) for size in (conv.in_channels, conv.out_channels)]
-        shortcuts = [block.shortcut_weights() for block in blocks[1:]]  # only the first block may change the shape
-        return 0 < len(blocks) == len(module) and not any(size % 16 for size in channels) and not any(shortcuts)
-
-    def forward(self, x):
-        (inputs, outputs), (images, _, height, width), step = self.shape, x.shape, self.stride
-        fits = height % step == width % step == 0 and (width // step) % _tile_width(outputs) == 0
-        if not (fits and x.dtype == torch.bfloat16 and x.is_contiguous(memory_format=torch.channels_last) and available(x.dtype)):
-            return self.stage(x)
-        y = torch.empty((images, outputs, height // step, width // step), dtype=x.dtype, memory_format=torch.channels_last)
-        _library(x.dtype).residual_stage(
-            _at(x), _at(y), ctypes.c_long(images), height, width, inputs, outputs, step, self.blocks, _at(self.weights), _at(self.biases),
-            *map(_at, self.shortcut or (None, None)), torch.get_num_threads(),
-        )  # fmt: skip
-        return y
-
-
-def _pairs(weight):
-    """A convolution's weight (out, in, h, w) as bf16 (h w, in / 2, out, 2), flat: what kernels.c multiplies in pairs of inputs."""
-    outputs, inputs, height, width = weight.shape
-    places = weight.detach().to(torch.bfloat16).permute(2, 3, 1, 0).reshape(height * width, inputs // 2, 2, outputs)
-    return places.transpose(2, 3).flatten()
-
-
-def _tile_width(channels):
-    """Pixels of a line that kernels.c computes at once, of so many channels of the result."""
-    return 16 if channels % 32 else 8
-
-
-def _multiplies_pairs():
-    """Whether kernels.c was compiled for a processor with bf16 dot products, which its convolutions are made of."""
-    return hasattr(_library(torch.bfloat16), "residual_stage")
 
 
 def available(dtype=torch.float32):
@@ -242,38 +173,10 @@ class _ConvNorm(torch.autograd.Function):
                 *_at_rows(saved), *_at_rows(gradients), int(ctx.relu), threads,
             )  # fmt: skip
         needs_x, _, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        dx, dweight = conv_gradients(ctx.conv, x, weight, dz, needs_x, needs_weight)
+        place = ctx.conv.stride, ctx.conv.padding, (1, 1), False, (0, 0), 1
+        dx, dweight, _ = torch.ops.aten.convolution_backward(dz, x, weight, None, *place, (needs_x, needs_weight, False))
         dbias = torch.zeros(channels) if needs_bias else None  # batch norm takes a constant away again
         return dx, dresidual, dweight, dbias, gradients[0], gradients[1], None, None, None, None
-
-
-def conv_gradients(conv, x, weight, dy, needs_x, needs_weight):
-    """(dx, dweight) of a convolution with its input x (B, in, H, W) and weight, both as it computed with them, channels last; each None
-    unless needed. Ours where oneDNN's are slower (docs/performance.md), and then dweight is float32.
-    """
-    images, channels, height, width = x.shape
-    kernel, stride, threads = weight.shape[2], conv.stride[0], torch.get_num_threads()
-    library, sizes = _library(x.dtype), (ctypes.c_long(images), height, width, channels, weight.shape[0])
-    dx = dweight = None
-    ours = (
-        x.dtype == torch.bfloat16
-        and _multiplies_pairs()
-        and conv.stride in ((1, 1), (2, 2))
-        and (conv.kernel_size, conv.padding) in (((1, 1), (0, 0)), ((3, 3), (1, 1)))
-        and channels % 16 == 0
-        and height % (2 * stride) == width % (2 * stride) == 0
-    )
-    if needs_x and ours and stride == 2 and (width // 2) % _tile_width(channels) == 0:
-        dx = torch.empty_like(x)
-        library.strided_conv_input_gradient(_at(weight), _at(dy), _at(dx), *sizes, kernel, threads)
-    if needs_weight and ours and kernel == 3:
-        dweight = torch.empty(weight.shape, memory_format=torch.channels_last)
-        library.conv_weight_gradient(_at(x), _at(dy), _at(dweight), *sizes, stride, threads)
-    left = needs_x and dx is None, needs_weight and dweight is None
-    if any(left):
-        theirs = torch.ops.aten.convolution_backward(dy, x, weight, None, conv.stride, conv.padding, (1, 1), False, (0, 0), 1, (*left, False))
-        dx, dweight = (theirs[0] if left[0] else dx), (theirs[1] if left[1] else dweight)
-    return dx, dweight
 
 
 def _like(tensor, dtype):

@@ -60,18 +60,6 @@ class BasicBlock(nn.Module):
         x = conv_norm(self.conv1, self.bn1, x)
         return conv_norm(self.conv2, self.bn2, x, residual=shortcut)
 
-    def shortcut_weights(self):
-        """The shortcut as a 1x1 convolution with this block's stride: weight (out, in, 1, 1) and bias (out,); None where it is x itself.
-
-        For a block whose batch norm is folded into its convolutions.
-        """
-        if self.downsample is not None:
-            return self.downsample[0].weight, self.downsample[0].bias
-        if not self.new_channels:
-            return None
-        outputs, inputs = self.conv1.weight.shape[:2]
-        return F.pad(torch.eye(inputs), (0, 0, self.new_channels // 2, self.new_channels // 2))[..., None, None], torch.zeros(outputs)
-
 
 class ResNet(nn.Module):
     """ResNet of depth 6n + 2 for 32x32 images (He et al. 2016, section 4.2), stages of 16, 32 and 64 channels.

@@ -25,7 +25,7 @@ import checkpoint
 import data_loader
 import engine
 import files
-from kernels import PackedConv, PackedStage
+from kernels import PackedConv
 from names import UserError
 
 
@@ -147,14 +147,11 @@ def _fold(module, dtype):
 
 
 def _pack(module, dtype):
-    """Convolutions whose batch norm is folded into them, as conv_norm's own frozen kind, and stages of residual blocks whole."""
+    """Convolutions whose batch norm is folded into them, as conv_norm's own frozen kind."""
     children = list(module.named_children())
     for (name, child), (_, following) in zip(children, [*children[1:], (None, None)], strict=False):
         if isinstance(child, nn.Conv2d) and isinstance(following, nn.Identity):
             setattr(module, name, PackedConv(child, dtype))
-        elif PackedStage.suits(child, dtype):
-            setattr(module, name, PackedStage(child))
-            _pack(child, dtype)
         else:
             _pack(child, dtype)
 

@@ -235,37 +235,6 @@ def measure(case, split, folder, rounds, precision):
     return row
 
 
-def convolutions(rounds):
-    """Of the convolutions of resnet8, whose gradients are kernels.c's in part: GFLOP/s of PyTorch's and of ours, in turns, in bf16."""
-
-    def torchs(conv, x, weight, gradient, *needs):
-        place = conv.stride, conv.padding, (1, 1), False, (0, 0), 1
-        return torch.ops.aten.convolution_backward(gradient, x, weight, None, *place, (*needs, False))
-
-    contenders = {"torch": torchs, "ours": kernels.conv_gradients}
-    limit, rows, seen = Limit("resnet8", 100, "bf16"), [], set()
-    print(f"{'convolution of resnet8':34} {'dx: torch':>10} {'ours':>6} {'dw: torch':>10} {'ours':>6}  GFLOP/s")
-    for x, weight, gradient, conv, needs_input in limit.calls:
-        shape = (*x.shape[1:], *weight.shape, conv.stride[0])
-        if not needs_input or shape in seen:
-            continue
-        seen.add(shape)
-        work = 2e-9 * gradient.numel() * weight[0].numel()
-        row = {"input": list(x.shape), "weight": list(weight.shape), "stride": conv.stride[0]}
-        for name, needs in {"dx": (True, False), "dw": (False, True)}.items():
-            seconds = {each: [] for each in contenders}
-            for _ in range(2 + 3 * rounds):
-                for each, function in contenders.items():
-                    started = time.perf_counter()
-                    function(conv, x, weight, gradient, *needs)
-                    seconds[each].append(time.perf_counter() - started)
-            row |= {f"{name}_{each}_gflops": work / float(np.median(taken[2:])) for each, taken in seconds.items()}
-        rows.append(row)
-        title = f"{x.shape[1]} > {len(weight)}, {weight.shape[2]}x{weight.shape[2]}, stride {conv.stride[0]}, {x.shape[2]}x{x.shape[3]}"
-        print(f"{title:34} {row['dx_torch_gflops']:10.0f} {row['dx_ours_gflops']:6.0f} {row['dw_torch_gflops']:10.0f} {row['dw_ours_gflops']:6.0f}")
-    return rows
-
-
 def whole_runs(dataset_dir, dataset, folder):
     """Of real runs of train.py: peak resident memory, megabytes, and the seconds from its start to its first step."""
     root = Path(__file__).resolve().parents[1]
@@ -294,7 +263,7 @@ def main():
     parser.add_argument("--dataset-dir", default="data")
     parser.add_argument("--dataset", default="cifar100", choices=list(names.DATASETS))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", nargs="*", default=[], help='cases whose row contains one of these, such as "resnet8 none"; "runs" for memory and start, "convolutions" for these one by one')
+    parser.add_argument("--only", nargs="*", default=[], help='cases whose row contains one of these, such as "resnet8 none"; "runs" for memory and start')
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--out", type=Path, help="also store the figures as JSON")
     args = parser.parse_args()
@@ -322,8 +291,6 @@ def main():
                 f"{row.get('kd_over_ce', float('nan')):6.3f}  {phases}",
                 flush=True,
             )
-        if precision == "bf16" and (not args.only or "convolutions" in args.only):
-            report["convolutions"] = convolutions(args.rounds)
         if not args.only or "runs" in args.only:
             report["runs"] = whole_runs(args.dataset_dir, args.dataset, Path(folder))
             for augment, figures in report["runs"].items():

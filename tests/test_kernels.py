@@ -7,13 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import data_loader
 import kernels
 import model_factory
 from teacher import frozen
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C compiler that makes kernels.c")
-needs_pairs = pytest.mark.skipif(not kernels._multiplies_pairs(), reason="no bf16 dot products in this processor, or no C compiler")
 
 
 class Calls:
@@ -31,17 +29,7 @@ class Calls:
                 self._made.add(name)
                 return getattr(self._library, name)
 
-        pairs = kernels._multiplies_pairs()  # which asks the library itself
         monkeypatch.setattr(kernels, "_library", lambda dtype: Library(real(dtype), self.made))
-        monkeypatch.setattr(kernels, "_multiplies_pairs", lambda: pairs)
-
-
-@pytest.fixture
-def threads():
-    """A number of threads, and back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def conv_bn(channels, seed=0):
@@ -118,17 +106,6 @@ def test_a_networks_step_agrees(name, precision):
 
 
 @needs_kernels
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pixels_become_the_same_bits(dtype, monkeypatch):
-    pixels = torch.randint(0, 256, (5, 3, 9, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    calls = Calls(monkeypatch)
-    ours = data_loader.normalise(pixels, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), dtype=dtype)
-    assert calls.made == {"look_up"}, "the fast way was not taken"
-    with kernels.switched_off():
-        assert torch.equal(ours, data_loader.normalise(pixels, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1), dtype=dtype))
-
-
-@needs_kernels
 def test_repeated_steps_are_equal_bit_for_bit():
     conv, bn = conv_bn(32)
     first, second = (results(conv, bn, images(9, 16, 16), None, pool=True) for _ in range(2))
@@ -174,96 +151,3 @@ def test_nan_goes_through(how):
     x = images(2, 4, 4)
     x[0, 0, 0, 0] = float("nan")
     assert kernels.conv_norm(conv, bn, x, **how).isnan().any()
-
-
-def bf16(*shape, seed):
-    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return values.bfloat16().contiguous(memory_format=torch.channels_last)
-
-
-@needs_pairs
-@pytest.mark.parametrize("count", [1, 3, 2])  # threads
-@pytest.mark.parametrize(
-    ("inputs", "outputs", "height", "width", "kernel", "stride", "images"),
-    [
-        (16, 16, 32, 32, 3, 1, 5),  # strips of an image
-        (32, 48, 16, 16, 3, 1, 3),
-        (64, 64, 8, 8, 3, 1, 11),  # several images at once, and some left over
-        (16, 32, 2, 2, 3, 1, 70),
-        (48, 16, 6, 10, 3, 1, 4),
-        (16, 32, 32, 32, 3, 2, 3),
-        (32, 64, 16, 16, 3, 2, 5),
-        (48, 80, 64, 32, 3, 2, 2),
-        (64, 16, 4, 16, 3, 2, 9),
-        (16, 32, 32, 32, 1, 2, 3),
-        (32, 64, 16, 16, 1, 2, 2),
-    ],
-)
-def test_gradients_of_a_convolution(inputs, outputs, height, width, kernel, stride, images, count, monkeypatch, threads):
-    """Against float64 on the same bf16 values; the weights' gradient is not even rounded to bf16."""
-    threads(count)
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-    x, weight = bf16(images, inputs, height, width, seed=1), bf16(outputs, inputs, kernel, kernel, seed=2)
-    dy = bf16(images, outputs, height // stride, width // stride, seed=3)
-    calls = Calls(monkeypatch)
-    dx, dweight = kernels.conv_gradients(conv, x, weight, dy, True, True)
-    assert ("strided_conv_input_gradient" in calls.made) == (stride == 2)
-    assert ("conv_weight_gradient" in calls.made) == (kernel == 3)
-    place = (stride, stride), (kernel // 2, kernel // 2), (1, 1), False, (0, 0), 1, (True, True, False)
-    true_dx, true_dweight, _ = torch.ops.aten.convolution_backward(dy.double(), x.double(), weight.double(), None, *place)
-    assert (dx.double() - true_dx).norm() <= 3e-3 * true_dx.norm()
-    assert (dweight.double() - true_dweight).norm() <= (1e-5 if kernel == 3 else 3e-3) * true_dweight.norm()
-    again = kernels.conv_gradients(conv, x, weight, dy, True, True)
-    assert torch.equal(dx, again[0]) and torch.equal(dweight, again[1])
-
-
-@needs_pairs
-@pytest.mark.parametrize(
-    ("inputs", "size", "kernel", "stride", "padding"),
-    [
-        (16, 30, 3, 1, 1),
-        (16, 9, 3, 2, 1),
-        (16, 12, 1, 2, 0),
-        (24, 16, 3, 1, 1),
-        (16, 16, 5, 1, 2),
-        (16, 16, 3, 1, 0),
-        (16, 16, 1, 1, 0),
-    ],
-)
-def test_other_convolutions_are_pytorchs(inputs, size, kernel, stride, padding):
-    conv = nn.Conv2d(inputs, 32, kernel, stride, padding, bias=False)
-    x, weight = bf16(2, inputs, size, size, seed=1), bf16(32, inputs, kernel, kernel, seed=2)
-    dy = torch.randn_like(F.conv2d(x, weight, None, stride, padding))
-    ours = kernels.conv_gradients(conv, x, weight, dy, True, True)
-    place = (stride, stride), (padding, padding), (1, 1), False, (0, 0), 1, (True, True, False)
-    theirs = torch.ops.aten.convolution_backward(dy.double(), x.double(), weight.double(), None, *place)
-    for mine, other in zip(ours, theirs[:2], strict=True):
-        assert (mine.double() - other).norm() <= 4e-3 * other.norm()
-
-
-@needs_pairs
-@pytest.mark.parametrize("name", ["resnet8", "resnet20", "resnet14a"])
-@pytest.mark.parametrize("images", [1, 7])
-def test_a_frozen_stage_is_its_blocks(name, images, monkeypatch, threads):
-    torch.manual_seed(0)
-    network = model_factory.create_network(name, 10)
-    with torch.no_grad():
-        for _ in range(3):
-            network(torch.rand(16, 3, 32, 32) * 3)
-    copied = frozen(network, torch.device("cpu"), torch.bfloat16)
-    x = bf16(images, 16, 32, 32, seed=4).relu()
-    for stage in (copied.layer1, copied.layer2, copied.layer3):
-        assert isinstance(stage, kernels.PackedStage)
-        with torch.inference_mode():
-            expected = stage.stage(x)
-            with monkeypatch.context() as patch:
-                calls = Calls(patch)
-                for count in (1, 2, 3):  # threads
-                    threads(count)
-                    assert (stage(x).double() - expected.double()).norm() <= 1e-2 * expected.double().norm()
-                assert calls.made == {"residual_stage"}
-            with kernels.switched_off():
-                assert torch.equal(stage(x), expected)
-            small = x[:, :, :6, :6].contiguous(memory_format=torch.channels_last)
-            assert torch.equal(stage(small), stage.stage(small))  # narrower than a tile
-        x = expected

@@ -19,8 +19,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
@@ -30,6 +29,7 @@ import losses
 import teacher
 import train
 
+HERE = Path(__file__).resolve().parent
 FILE = HERE / "losses.json"
 FAMILIES = {"plane": "plane2", "resnet": "resnet8"}
 CASES = [f"{network}, {method}" for network in FAMILIES.values() for method in ("alone", *losses.METHODS)]
