@@ -10,10 +10,10 @@ Real training steps and evaluation on random images of the data set's shape: not
 import json
 import time
 
-import arguments
-import names
-from arguments import number
-from names import UserError
+from takd.config import flags as arguments
+from takd.config import names
+from takd.config.flags import number
+from takd.config.names import UserError
 
 SECONDS = 1.5  # of steps, after a first one that is not counted
 
@@ -34,10 +34,10 @@ def measure(name, data, image_size, batch_size, precision, device):
     import torch
 
     import data_loader
-    import engine
-    import graphs
-    import losses
     import model_factory
+    from takd.distill import methods as losses
+    from takd.run import cuda_graph as graphs
+    from takd.run import engine
 
     images = torch.randint(256, (8 * batch_size, 3, 32, 32), dtype=torch.uint8)
     labels = torch.arange(len(images)) % data.classes
@@ -82,7 +82,7 @@ def main(argv=None):
         parser.error(str(error))
     import torch
 
-    import training
+    from takd.run import trainer as training
 
     precision = args.precision or "auto"
     if precision == "auto":

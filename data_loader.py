@@ -27,10 +27,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import names
+from takd.config import names
 
 if __name__ == "__main__":  # before torch is imported: a mistake in the arguments is answered at once
-    import arguments
+    from takd.config import flags as arguments
 
     ARGUMENTS = arguments.download(__doc__)
     with arguments.requirements("data_loader.py"):
@@ -40,10 +40,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-import augmentation
-import checkpoint
-from files import locked, replacing
-from names import UserError
+from takd.config.names import UserError
+from takd.files import locked, replacing
+from takd.images import augmentation
+from takd.run import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)

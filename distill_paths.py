@@ -20,13 +20,13 @@ import sys
 import time
 from pathlib import Path
 
-import arguments
-import cluster
-import runlog
-import settings
-import study
-from arguments import number
-from names import DATASETS, UserError
+from takd.config import flags as arguments
+from takd.config import run_config as settings
+from takd.config.flags import number
+from takd.config.names import DATASETS, UserError
+from takd.run import run_directory as runlog
+from takd.study import plan as study
+from takd.study import slurm as cluster
 
 HERE = Path(__file__).resolve().parent
 

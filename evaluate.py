@@ -19,9 +19,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import arguments
-import names
-from names import UserError
+from takd.config import flags as arguments
+from takd.config import names
+from takd.config.names import UserError
 
 BATCHES = (1, 128)  # images a call that latency is measured with
 # What a student is to save: the key in a result, its heading, and how it is shown.
@@ -77,10 +77,10 @@ def evaluate(path, model, dataset, args, device, splits):
     with arguments.requirements("evaluate.py"):
         import torch
 
-        import cost
         import data_loader
-        import engine
         import model_factory
+        from takd.run import engine
+        from takd.study import cost
 
     network, about = model_factory.load_network(path, model, args.image_size)
     dataset = dataset or about.get("dataset")
@@ -130,7 +130,7 @@ def evaluate(path, model, dataset, args, device, splits):
 
 def compared(student, teacher):
     """The student's Evaluation with its teacher's: how often they agree, and how many times less the student costs."""
-    import engine
+    from takd.run import engine
 
     saving = {key: teacher.result[key] / student.result[key] for key in COSTS}
     more = {"teacher": teacher.result, **engine.agreement(student.logits, teacher.logits), "saving": saving}
@@ -139,7 +139,7 @@ def compared(student, teacher):
 
 def taught(path, args, dataset, device, splits):
     """The teacher's Evaluation on one data set. One that only guesses is refused: agreeing with it would mean nothing."""
-    import engine
+    from takd.run import engine
 
     teacher = evaluate(path, args.teacher, dataset, args, device, splits)
     if not teacher.result["test_accuracy_percent"] > engine.chance_percent(teacher.split.labels):
@@ -248,8 +248,8 @@ def folder_names(paths):
 
 def write_report(folder, evaluations):
     """report.html, report.md, the comparison, and each file's own tables and pictures. Nothing is written before all is made."""
-    import figures
-    from document import Document
+    from takd.study import figures
+    from takd.study.document import Document
 
     document, results = Document(folder), [evaluation.result for evaluation in evaluations]
     document.heading("Evaluation", 1)

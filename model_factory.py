@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import checkpoint
-import names
-from kernels import conv_norm
-from names import UserError
+from takd.config import names
+from takd.config.names import UserError
+from takd.cpu.kernels import conv_norm
+from takd.run import checkpoint
 
 
 class Features(NamedTuple):

@@ -10,13 +10,12 @@ Reads what train.py recorded (config.json, metrics.jsonl, summary.json); neither
 import dataclasses
 import sys
 
-import arguments
-import names
-import recipes
-import runlog
-from arguments import number
-from document import Document
-from names import UserError
+from takd.config import flags as arguments
+from takd.config import names, recipes
+from takd.config.flags import number
+from takd.config.names import UserError
+from takd.run import run_directory as runlog
+from takd.study.document import Document
 
 
 def build_parser():
@@ -62,8 +61,8 @@ def seeds_of(group, planned=0):
 
 # ---------------------------------------------------------------------------------------------------- sections
 def study_section(document, found, only):
-    import figures
-    import results
+    from takd.study import collect as results
+    from takd.study import figures
 
     best = found.best()
     document.heading(found.title if only or not found.folder else f"{found.title} ({found.folder})", 1 if only else 2)
@@ -132,7 +131,7 @@ def unfinished(group):
 
 def lead(found, best):
     """The answer first, then how much of it there is."""
-    import study
+    from takd.study import plan as study
 
     total = sum(found.planned.values()) or sum(len(group.runs) for group in found.cells.values())
     done = sum(len(group.finished) for group in found.cells.values())
@@ -164,7 +163,7 @@ def lead(found, best):
 
 def comparison(document, found):
     """Differences to direct distillation and to training alone, with a paired test over seeds."""
-    import results
+    from takd.study import collect as results
 
     references = {"BLKD": (found.teacher, found.student), "NOKD": (found.student,)}
     have = {name: found.cells[path] for name, path in references.items() if path in found.cells and found.cells[path].finished}
@@ -230,7 +229,7 @@ def verdict(found, name, paths, members, corrected):
 
 def rule(document, found):
     """The paper's rule of thumb beside what was measured."""
-    import results
+    from takd.study import collect as results
 
     if not (known := results.rule_of_thumb(found)):
         return
@@ -263,8 +262,8 @@ def recipe_of(group):
 
 def leaderboard(document, groups):
     """Every group of seeds, best first, a table a data set."""
-    import results
-    import study
+    from takd.study import collect as results
+    from takd.study import plan as study
 
     document.heading("Leaderboard")
     quoted = {}
@@ -326,7 +325,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         with arguments.requirements("report.py"):
-            import results
+            from takd.study import collect as results
 
         runs, unreadable = results.collect(args.runs)
         if not runs:

@@ -18,12 +18,12 @@ import statistics
 import sys
 from pathlib import Path
 
-import arguments
-import launcher
-import names
-import tuner
-from names import UserError
-from settings import DEFAULT_SEED, given_settings, identity_of, resolve
+from takd.config import flags as arguments
+from takd.config import names
+from takd.config import nni_trial as tuner
+from takd.config.names import UserError
+from takd.config.run_config import DEFAULT_SEED, given_settings, identity_of, resolve
+from takd.run import launch as launcher
 
 
 def teacher_settings(given, origins):
@@ -52,9 +52,9 @@ def run(given, origins, device, console, signals, wait=False, world=None, whole=
     """
     # torch and what imports it come here, after the arguments are known to be good.
     import data_loader
-    import parallel
-    import runlog
-    import training
+    from takd.run import distributed as parallel
+    from takd.run import run_directory as runlog
+    from takd.run import trainer as training
 
     world = world or parallel.World()
     settings, origins = resolve(given, origins)
@@ -134,10 +134,9 @@ def main(argv=None):
         command = [sys.executable, str(Path(__file__).resolve()), *argv]
         sys.exit(launcher.launch(given["cuda"], command, lambda line: arguments.fail("train.py", line, 1)))
     with arguments.requirements("train.py"):
-        import checkpoint
-        import engine
-        import parallel
-        import runlog
+        from takd.run import checkpoint, engine
+        from takd.run import distributed as parallel
+        from takd.run import run_directory as runlog
 
     try:
         world = parallel.join(device)

@@ -27,14 +27,14 @@ from PIL import Image
 from torch.nn import functional as F
 
 import data_loader
-import engine
-import kernels
-import losses
 import model_factory
-import names
-import runlog
-import training
-from teacher import Teacher, attach_table
+from takd.config import names
+from takd.cpu import kernels
+from takd.distill import methods as losses
+from takd.distill.teacher import Teacher, attach_table
+from takd.run import engine
+from takd.run import run_directory as runlog
+from takd.run import trainer as training
 
 BATCH = 128
 CASES = [  # teacher, student, augmentation, table

@@ -23,16 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 import data_loader
-import engine
-import graphs
-import kernels
-import losses
 import model_factory
-import names
-import recipes
-import runlog
-import training
-from teacher import Teacher, attach_table
+from takd.config import names, recipes
+from takd.cpu import kernels
+from takd.distill import methods as losses
+from takd.distill.teacher import Teacher, attach_table
+from takd.run import cuda_graph as graphs
+from takd.run import engine
+from takd.run import run_directory as runlog
+from takd.run import trainer as training
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("networks", "table", "at-once", "study")

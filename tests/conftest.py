@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-import names
 import train
+from takd.config import names
 
 ROOT = Path(train.__file__).resolve().parent
 # No experiment around the tests, and one thread in here and in the commands: bits depend on the number of threads.

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import arguments
-import checkpoint
-import cost
 import distill_paths
 import evaluate
 import report
-import settings
 import train
+from takd.config import flags as arguments
+from takd.config import run_config as settings
+from takd.run import checkpoint
+from takd.study import cost
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {"train": train, "evaluate": evaluate, "report": report, "distill_paths": distill_paths}

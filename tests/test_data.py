@@ -23,11 +23,11 @@ import torchvision
 from PIL import Image
 from torchvision.transforms import functional as F
 
-import augmentation
 import data_loader
-import files
-import names
-from names import UserError
+from takd import files
+from takd.config import names
+from takd.config.names import UserError
+from takd.images import augmentation
 
 ROOT = Path(data_loader.__file__).resolve().parent
 

@@ -12,14 +12,13 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-import cost
 import data_loader
-import engine
 import evaluate
-import figures
 import model_factory
-import names
 import train
+from takd.config import names
+from takd.run import engine
+from takd.study import cost, figures
 
 # Million multiply-accumulates of one 32x32 image at 10 and at 100 classes: counted by hand from the layers.
 MACS = {

@@ -12,18 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-import arguments
-import checkpoint
 import data_loader
-import engine
 import evaluate
-import losses
 import model_factory
-import names
-import recipes
-import teacher
 import train
-from names import UserError
+from takd.config import flags as arguments
+from takd.config import names, recipes
+from takd.config.names import UserError
+from takd.distill import methods as losses
+from takd.distill import teacher
+from takd.run import checkpoint, engine
 
 
 def read(file):

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import data_loader
-import engine
-import graphs
-import losses
 import model_factory
+from takd.distill import methods as losses
+from takd.run import cuda_graph as graphs
+from takd.run import engine
 
 
 class Tape:

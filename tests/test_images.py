@@ -13,14 +13,14 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms import functional as F
 
-import augmentation
-import checkpoint
 import data_loader
 import evaluate
-import names
-import teacher as teachers
 import train
-from names import UserError
+from takd.config import names
+from takd.config.names import UserError
+from takd.distill import teacher as teachers
+from takd.images import augmentation
+from takd.run import checkpoint
 
 ROOT = Path(data_loader.__file__).resolve().parent
 COLOURS = {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 50, 40)}

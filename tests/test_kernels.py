@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import kernels
 import model_factory
-from teacher import frozen
+from takd.cpu import kernels
+from takd.distill.teacher import frozen
 
 needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no C compiler that makes kernels.c")
 

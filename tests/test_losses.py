@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import losses
+from takd.distill import methods as losses
 
 BATCH, CLASSES = 6, 10
 

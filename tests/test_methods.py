@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import checkpoint
 import data_loader
-import losses
 import model_factory
-import names
-import results
-import settings
 import train
 from model_factory import Features
-from names import UserError
-from teacher import Teacher
+from takd.config import names
+from takd.config import run_config as settings
+from takd.config.names import UserError
+from takd.distill import methods as losses
+from takd.distill.teacher import Teacher
+from takd.run import checkpoint
+from takd.study import collect as results
 
-ROOT = Path(losses.__file__).resolve().parent
+ROOT = Path(train.__file__).resolve().parent
 B, C, N = 6, 10, 40
 FEW = {"crd": {"negatives": 64}}  # options that keep a test quick
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 import torchvision
 
-import checkpoint
 import evaluate
 import model_factory
-import names
-import teacher
 import train
-from names import UserError
+from takd.config import names
+from takd.config.names import UserError
+from takd.distill import teacher
+from takd.run import checkpoint
 
 # Parameters at 10 and at 100 classes, entries of the state dict: computed from the released code's networks.
 SIZES = {

@@ -12,14 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import data_loader
 import train
+from takd.run import checkpoint
 
 ROOT = Path(train.__file__).resolve().parent
 # What --cuda N does, as it needs no GPU of its own: N processes of a command.
 LAUNCH = """
-import sys, launcher
+import sys
+from takd.run import launch as launcher
 say = lambda line: print(line, file=sys.stderr)
 sys.exit(launcher.launch(int(sys.argv[1]), [sys.executable, *sys.argv[2:]], say))
 """
@@ -320,7 +321,7 @@ def test_a_signal_that_torchrun_would_keep_is_passed_on(start):
 
 def test_cuda_2_starts_two_processes(start):
     """On a machine without GPUs that is told it has two: its processes find none, and one of them says so."""
-    code = "import sys, arguments, train; arguments.gpus_present = lambda: 2; train.main(sys.argv[1:]); assert 'torch' not in sys.modules"
+    code = "import sys, train; from takd.config import flags as arguments; arguments.gpus_present = lambda: 2; train.main(sys.argv[1:]); assert 'torch' not in sys.modules"
     process = start("-c", code, "--cuda", "2", "--dataset", "digits")
     out, err = process.communicate(timeout=60)
     if "no GPU" not in err:

@@ -10,12 +10,12 @@ import time
 import pytest
 import torch
 
-import checkpoint
 import distill_paths
 import report
-import settings
-import study
 import train
+from takd.config import run_config as settings
+from takd.run import checkpoint
+from takd.study import plan as study
 
 DIGITS = ("--dataset", "digits", "--epochs", "2", "--cuda", "0", "--precision", "fp32")
 PLANE = study.FAMILIES["plane"]

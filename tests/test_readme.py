@@ -48,7 +48,7 @@ def test_every_command_in_the_documents_is_understood(document, tmp_path, monkey
         (tmp_path / "my_losses.py").write_text(block)
     monkeypatch.chdir(tmp_path)
     import evaluate
-    import settings
+    from takd.config import run_config as settings
 
     parsers = {"train.py": settings.build_parser(), "evaluate.py": evaluate.build_parser()}
     for line in commands(document.read_text()):

@@ -9,12 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import data_loader
-import engine
 import model_factory
-import recipes
-import runlog
 import train
-import training
+from takd.config import recipes
+from takd.run import engine
+from takd.run import run_directory as runlog
+from takd.run import trainer as training
 
 
 def resolved(*argv):

@@ -12,8 +12,8 @@ from PIL import Image
 from scipy.stats import ttest_rel
 
 import report
-import results
-import study
+from takd.study import collect as results
+from takd.study import plan as study
 
 SIZES = ("plane10", "plane4", "plane2")
 

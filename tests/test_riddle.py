@@ -10,13 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import checkpoint
 import data_loader
-import engine
 import evaluate
 import model_factory
-import names
 import train
+from takd.config import names
+from takd.run import checkpoint, engine
 
 PERCENT = "test_accuracy_percent"
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import train
+from takd.run import checkpoint
 
 pytestmark = pytest.mark.slow
 CLUSTER = Path(__file__).with_name("slurm_cluster.sh")

@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-import augmentation
-import checkpoint
 import data_loader
-import engine
 import model_factory
-import runlog
-import teacher as teachers
 import train
-import training
-from names import UserError
+from takd.config.names import UserError
+from takd.distill import teacher as teachers
+from takd.images import augmentation
+from takd.run import checkpoint, engine
+from takd.run import run_directory as runlog
+from takd.run import trainer as training
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
 import evaluate
 import model_factory
-import names
-import settings
 import train
+from takd.config import names
+from takd.config import run_config as settings
+from takd.run import checkpoint
 
 METRICS = {"epoch", "learning_rate", "train_loss", "train_accuracy_percent", "test_loss", "test_accuracy_percent"}
 METRICS |= {"train_images_per_second", "train_seconds", "evaluation_seconds"}
@@ -450,7 +450,7 @@ def test_teacher_cache(tmp_path, call, tiny, teacher_file):
 
 def test_cuda(tmp_path, call, tiny):
     """--cuda 0 is the CPU; a GPU that is not there is an error that says what is."""
-    import arguments
+    from takd.config import flags as arguments
 
     assert call(train, *tiny, "--cuda", "off", "--run-dir", tmp_path / "run").status == 0
     assert read(tmp_path / "run/config.json")["cuda"] == 0

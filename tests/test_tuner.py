@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
-import names
-import settings
 import train
-import tuner
+from takd.config import names
+from takd.config import nni_trial as tuner
+from takd.config import run_config as settings
 
 ROOT = Path(train.__file__).resolve().parent
 needs_nni = pytest.mark.skipif(not importlib.util.find_spec("nni"), reason="nni is not installed (requirements.txt has it)")

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import io
 import json
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -23,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-import engine
-import kernels
-import losses
-import teacher
 import train
+from takd.cpu import kernels
+from takd.distill import methods as losses
+from takd.distill import teacher
+from takd.run import engine
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "losses.json"
@@ -68,7 +69,8 @@ def measure(case, folder):
     network, method = case.split(", ")
     command = [*COMMON, "--student", network, "--run-dir", str(folder)]
     if method != "alone":
-        command += ["--teacher", network, "--teacher-checkpoint", str(HERE / f"{network}.pth.tar"), "--method", method]
+        teacher_file = shutil.copy(HERE / f"{network}.pth.tar", Path(folder).parent)  # its table is kept beside it
+        command += ["--teacher", network, "--teacher-checkpoint", teacher_file, "--method", method]
         command += ["--method-option", *OPTIONS[method]] if method in OPTIONS else []
     rows, summarise = [], engine.EpochSums.summary
 

@@ -7,7 +7,7 @@ import golden
 import pytest
 import torch
 
-import checkpoint
+from takd.run import checkpoint
 
 GOLDEN = json.loads(golden.FILE.read_text(encoding="utf-8"))
 SAME_MACHINE = golden.machine() == GOLDEN["machine"]
@@ -38,8 +38,9 @@ def test_a_run_half_trained_by_an_earlier_version_continues(tmp_path, run_comman
     left = golden.HERE / "half_trained"
     shutil.copytree(left, tmp_path / "run", ignore=shutil.ignore_patterns("end.pth.tar"))
     command = "--student plane2 --teacher plane2 --dataset digits --train-images 640 --batch-size 32 --epochs 4 --augment crop-flip"
-    command += " --teacher-cache live --cuda 0 --precision fp32 --run-dir run --teacher-checkpoint"
-    outcome = run_command("train.py", *command.split(), golden.HERE / "plane2.pth.tar", cwd=tmp_path, CC="none")
+    command += " --teacher-cache live --cuda 0 --precision fp32 --run-dir run --teacher-checkpoint plane2.pth.tar"
+    shutil.copy(golden.HERE / "plane2.pth.tar", tmp_path)
+    outcome = run_command("train.py", *command.split(), cwd=tmp_path, CC="none")
     assert outcome.status == 0 and "(continuing at epoch 1, step 9)" in outcome.out, outcome
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert records[0] == json.loads((left / "metrics.jsonl").read_text()) and [line["epoch"] for line in records] == [0, 1, 2, 3]

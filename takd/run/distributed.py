@@ -17,7 +17,7 @@ import torch
 from torch import distributed, nn
 from torch.distributed.rendezvous import rendezvous
 
-import launcher
+from takd.run import launch as launcher
 
 PATIENCE = datetime.timedelta(days=7)
 

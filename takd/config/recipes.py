@@ -9,7 +9,7 @@ KnowledgeDistillation, which compares methods between networks of one size.
 import math
 from dataclasses import dataclass, field
 
-import names
+from takd.config import names
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import runlog
-import settings
-import study
-from names import UserError
+from takd.config import run_config as settings
+from takd.config.names import UserError
+from takd.run import run_directory as runlog
+from takd.study import plan as study
 
 HERE = Path(__file__).resolve().parent
 OUTCOMES = ("best", "last")

@@ -14,10 +14,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import files
-from names import UserError
+from takd import files
+from takd.config.names import UserError
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[2]
 SCRIPT = HERE / "slurm" / "train.sbatch"
 
 

@@ -4,7 +4,7 @@ import html
 import re
 from pathlib import Path
 
-import files
+from takd import files
 
 
 class Document:

@@ -193,7 +193,7 @@ class Method:
 @functools.cache
 def methods():
     """{method name: Method}, read from losses.py: the classes there are the only declaration of methods and their options."""
-    tree = _parsed(HERE / "losses.py")
+    tree = _parsed(HERE.parent / "distill" / "methods.py")
     table = next(node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "METHODS")
     classes = _classes(tree)
     return {key.value: _declared(classes[value.id]) for key, value in zip(table.keys, table.values, strict=True)}

@@ -8,13 +8,12 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-import arguments
-import launcher
-import names
-import recipes
-import tuner
-from arguments import number
-from names import UserError
+from takd.config import flags as arguments
+from takd.config import names, recipes
+from takd.config import nni_trial as tuner
+from takd.config.flags import number
+from takd.config.names import UserError
+from takd.run import launch as launcher
 
 # Settings that change where or how fast a run is made, not what comes out of it: a run may continue under other ones.
 INCIDENTAL = ("cuda", "dataset_dir", "download", "run_dir", "save_minutes", "teacher_cache", "teacher_checkpoint", "json", "workers",

@@ -26,8 +26,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import names
-from names import UserError
+from takd.config import names
+from takd.config.names import UserError
 
 
 # -------------------------------------------------------------------------------------------------- kernels

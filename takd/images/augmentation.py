@@ -12,7 +12,7 @@ import functools
 import torch
 from torch.nn import functional as F
 
-from names import VIEWS as VIEWS
+from takd.config.names import VIEWS as VIEWS
 
 PADDING = 4
 OFFSETS = 2 * PADDING + 1

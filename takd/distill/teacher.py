@@ -20,13 +20,12 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-import augmentation
-import checkpoint
 import data_loader
-import engine
-import files
-from kernels import PackedConv
-from names import UserError
+from takd import files
+from takd.config.names import UserError
+from takd.cpu.kernels import PackedConv
+from takd.images import augmentation
+from takd.run import checkpoint, engine
 
 
 class Logits(NamedTuple):

@@ -12,21 +12,19 @@ from pathlib import Path
 
 import torch
 
-import augmentation
-import checkpoint
 import data_loader
-import engine
-import graphs
-import kernels
-import losses
 import model_factory
-import names
-import parallel
-import recipes
-import runlog
-import tuner
-from names import UserError
-from teacher import Teacher, attach_table
+from takd.config import names, recipes
+from takd.config import nni_trial as tuner
+from takd.config.names import UserError
+from takd.cpu import kernels
+from takd.distill import methods as losses
+from takd.distill.teacher import Teacher, attach_table
+from takd.images import augmentation
+from takd.run import checkpoint, engine
+from takd.run import cuda_graph as graphs
+from takd.run import distributed as parallel
+from takd.run import run_directory as runlog
 
 
 def native_bf16(device):

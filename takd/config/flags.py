@@ -8,8 +8,8 @@ import shlex
 import sys
 from pathlib import Path
 
-import names
-from names import UserError
+from takd.config import names
+from takd.config.names import UserError
 
 
 class Parser(argparse.ArgumentParser):

@@ -8,7 +8,7 @@ import os
 import time
 from pathlib import Path
 
-from names import UserError
+from takd.config.names import UserError
 
 
 @contextlib.contextmanager

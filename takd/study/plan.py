@@ -13,11 +13,11 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import files
-import names
-import runlog
-import settings
-from names import UserError
+from takd import files
+from takd.config import names
+from takd.config import run_config as settings
+from takd.config.names import UserError
+from takd.run import run_directory as runlog
 
 FAMILIES = {
     "plane": ("plane10", "plane8", "plane6", "plane4", "plane2"),

@@ -19,8 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-import files
-from names import UserError
+from takd import files
+from takd.config.names import UserError
 
 HERE = Path(__file__).resolve().parent
 

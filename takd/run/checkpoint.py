@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from files import replacing
-from names import UserError
+from takd.config.names import UserError
+from takd.files import replacing
 
 # Plain numbers that numpy wrapped: some published checkpoints hold their accuracy like this. They run no code.
 NUMPY_SCALARS = [np.dtype, *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")}]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import runlog
+from takd.run import run_directory as runlog
 
 LEAST_CALLS, LEAST_SECONDS = 3, 0.5  # of each measurement, after two calls to warm up
 

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from names import UserError
+from takd.config.names import UserError
 
 # The released code's search-space keys, and shorter ones, as settings of ours.
 PARAMETERS = {"T_student": "temperature", "T": "temperature", "lambda_student": "lambda", "lambda": "lambda", "seed": "seed"}
