@@ -6,170 +6,342 @@
   python3 train.py --teacher resnet110 --teacher-checkpoint FILE --student resnet20 --dataset cifar100 --cuda 1
   torchrun --nproc-per-node 2 train.py --student resnet20                       as --cuda 2: two GPUs share each batch
 
-Without --teacher-checkpoint the teacher is trained first, with its own recipe, and its run kept. The same command again continues
-an interrupted run, or says that it is finished. Everything lands in --run-dir: see runlog.py. --help-methods lists the methods.
+Without --teacher-checkpoint the teacher is trained first, with its own recipe, and its run kept. The same command again
+continues an interrupted run, or reports that it is finished. Everything lands in --run-dir.
 """
 
 import contextlib
-import hashlib
+import copy
 import json
 import os
 import statistics
 import sys
-from pathlib import Path
+import time
+from typing import Any
 
-from takd.config import flags as arguments
-from takd.config import names
-from takd.config import nni_trial as tuner
-from takd.config.names import UserError
-from takd.config.run_config import DEFAULT_SEED, given_settings, identity_of, resolve
-from takd.run import launch as launcher
+from takd import process
+from takd.config import flags, names, nni_trial, run_config
+from takd.config.run_config import RunConfig
+from takd.run import launch
 
+if __name__ == "__main__":  # wrong arguments are answered before torch is imported, which takes seconds
+    STDOUT = sys.stdout  # importing nni in a trial replaces it
+    with process.rank_zero_output():
+        CONFIG = run_config.parse(sys.argv[1:], __doc__)
+    flags.check_packages("train.py", "torch", "torchvision", "numpy")
+    if (CONFIG.cuda or 0) > 1 and process.place().size == 1:
+        command = [sys.executable, os.path.abspath(__file__), *sys.argv[1:]]
+        sys.exit(launch.launch(CONFIG.cuda, command, lambda line: flags.fail("train.py", line, 1)))
 
-def teacher_settings(given, origins):
-    """What the teacher's own run is given: the student's data, length, seed and recipe, but none of its optimiser flags."""
-    passed_on = ("dataset", "dataset_dir", "download", "image_size", "train_images", "validation_split", "augment", "workers",
-                 "recipe", "epochs", "batch_size", "cuda", "precision", "save_minutes")  # fmt: skip
-    settings = {key: given[key] for key in passed_on if key in given}
-    settings["student"] = given["teacher"]
-    if "pretrained" in given and names.torchvision_name(given["teacher"]):
-        settings["pretrained"] = True
-    # A tuner's seed is the student's: all of an experiment's trials learn from one teacher.
-    settings["seed"] = given["seed"] if origins["seed"] != "tuner" else DEFAULT_SEED
-    if "run_dir" in given:
-        settings["run_dir"] = str(Path(given["run_dir"]) / "teacher")
-    return settings, {key: origins.get(key, "default") for key in settings}
+import torch
+from torch import nn
 
-
-# ---------------------------------------------------------------------------------------------------- a run
-def run(given, origins, device, console, signals, wait=False, world=None, whole=None):
-    """One training, begun or continued, with its teacher's before it where that is needed. Returns its summary (a dict).
-
-    In a group of processes (`world`, a parallel.World) all call this and get the same summary. Where it is one of several runs,
-    `whole` is what all were given: the teacher that they share is made of that.
-
-    Raises UserError for what the user can mend, engine.Diverged where the loss is no longer finite, checkpoint.Stopped on a signal.
-    """
-    # torch and what imports it come here, after the arguments are known to be good.
-    import data_loader
-    from takd.run import distributed as parallel
-    from takd.run import run_directory as runlog
-    from takd.run import trainer as training
-
-    world = world or parallel.World()
-    settings, origins = resolve(given, origins)
-    if "without_effect" in settings:
-        proposed = ", ".join(f"{key} {value:g}" for key, value in settings["without_effect"].items())
-        console.say(f"note: the tuner's {proposed} have no effect without --teacher")
-    if "teacher" in settings and "teacher_checkpoint" not in settings:
-        if "run_dir" in settings:  # refused now, not after a teacher was trained for it
-            runlog.RunDirectory(run_path(settings, {})).check(identity_of(settings))
-        training.check_method(settings)
-        console.say(f"The teacher {settings['teacher']} first:")
-        made = run(*teacher_settings(whole or given, origins), device, console, signals, wait=True, world=world)
-        settings["teacher_checkpoint"], origins["teacher_checkpoint"] = made["checkpoint"], "its own run"
-        console.say(f"Now the student {settings['student']}:")
-    identity = identity_of(settings)
-    if settings["dataset"] == "folder":  # its name says nothing
-        identity["images"] = world.shared(lambda: data_loader.folder_digest(settings["dataset_dir"]))
-    if "teacher" in settings:
-        identity["teacher_weights"] = world.shared(lambda: training.weights_digest(settings["teacher_checkpoint"]))
-    directory = runlog.RunDirectory(run_path(settings, identity))
-
-    def found():
-        return directory.check(identity), directory.read(directory.summary_file)
-
-    recorded, summary = world.shared(found)
-    if summary is not None:
-        console.say(f"finished  {directory.path} (best {training.closing(summary)})")
-        return summary
-    session = world.in_turn(lambda: training.Session(settings, recorded, device, console, world))
-    with directory.claim(wait=wait, say=console.say) if world.first else contextlib.nullcontext():
-        recorded, summary = world.shared(found)  # whoever held the lock may have finished it, or was stopped half-way
-        if summary is not None:
-            return summary
-        return training.fit(session, directory, recorded, origins, identity, signals)
+import data_loader
+import model_factory
+from takd.distill import evaluation, methods
+from takd.distill.teacher import Teacher
+from takd.errors import UserError
+from takd.files import Say
+from takd.images.augmentation import VIEWS
+from takd.images.folder import folder_digest
+from takd.images.split import Batch, Split, Transform, class_order
+from takd.process import Stopped, StopSignals
+from takd.run import checkpoint, engine
+from takd.run.console import Console, setup_lines
+from takd.run.cuda_graph import WARM_UP, StepGraph
+from takd.run.distributed import join, part_of
+from takd.run.engine import TrainStep
+from takd.run.run_directory import RunDirectory
+from takd.run.trainer import Context, Trainer, outcome_line
 
 
-def repetitions(given):
-    """What each run of --repeat is given: a seed and, inside --run-dir, a folder of its own. Without it: what was given, once."""
-    if "repeat" not in given:
-        return [given]
-    common = {key: value for key, value in given.items() if key != "repeat"}
-    folders = Path(given.get("run_dir", ""))
-    return [
-        common | {"seed": seed} | ({"run_dir": str(folders / f"seed{seed}")} if "run_dir" in given else {})
-        for seed in range(given["seed"], given["seed"] + given["repeat"])
-    ]
-
-
-def agreement(summaries):
-    """One line on several runs: their mean and deviation."""
-    said = []
-    for which in ("best", "last"):
-        values = [summary[which]["test_accuracy_percent"] for summary in summaries]
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        said.append(f"{statistics.fmean(values):.2f}{spread} % at the {which} epoch")
-    seeds = " ".join(str(summary["seed"]) for summary in summaries)
-    return f"repeated  {len(summaries)} run{'s' * (len(summaries) > 1)}, seeds {seeds}: test {', '.join(said)}"
-
-
-def run_path(settings, identity):
-    """The run's folder: as given (in a trial: a folder of the trial's own inside it), or named after what makes the run."""
-    if "trial" in settings:
-        return Path(settings.get("run_dir", f"runs/nni-{tuner.experiment()}")) / settings["trial"]
-    if "run_dir" in settings:
-        return Path(settings["run_dir"])
-    chain = [settings["dataset"], *([settings["teacher"]] if "teacher" in settings else []), settings["student"]]
-    digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=3).hexdigest()
-    return Path("runs") / f"{'-'.join(map(names.file_name, chain))}-seed{settings['seed']}-{digest}"
-
-
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    stdout = sys.stdout  # importing nni in a trial makes sys.stdout its trial.log
-    with launcher.one_voice():
-        given, origins, device = given_settings(argv, __doc__)
-    if given.get("cuda", 0) > 1 and launcher.place().size == 1:
-        command = [sys.executable, str(Path(__file__).resolve()), *argv]
-        sys.exit(launcher.launch(given["cuda"], command, lambda line: arguments.fail("train.py", line, 1)))
-    with arguments.requirements("train.py"):
-        from takd.run import checkpoint, engine
-        from takd.run import distributed as parallel
-        from takd.run import run_directory as runlog
-
+def main(argv: list[str] | None = None) -> None:
+    stdout, config = (STDOUT, CONFIG) if argv is None else (sys.stdout, run_config.parse(argv, __doc__))
+    if config.measure:
+        return measure(config)
     try:
-        world = parallel.join(device)
+        world = join(config.device)
     except ConnectionError as error:
-        sys.exit(arguments.fail("train.py", error, 1))
-    stream = sys.stderr if given.get("json") else sys.stdout
-    console = runlog.Console(stream if world.first else open(os.devnull, "w"))
+        sys.exit(flags.fail("train.py", error, 1))
+    stream = sys.stderr if config.json else sys.stdout
+    console = Console(stream if world.is_rank_zero else open(os.devnull, "w"))
     try:
-        with checkpoint.StopSignals() as signals:
-            summaries = [run(each, origins, device, console, signals, world=world, whole=given) for each in repetitions(given)]
-    except checkpoint.Stopped as stop:
+        with StopSignals() as signals:
+            context = Context(world, console, signals)
+            if config.teacher and not config.teacher_checkpoint:
+                config = train_teacher_first(config, context)
+            summaries = [run(each, context) for each in config.repetitions()]
+    except Stopped as stop:
         world.end(stop.code)
     except UserError as error:
-        world.end(failed(world, error, 2))
+        world.end(flags.fail("train.py", error, 2) if world.claims_error() else 2)
     except (engine.Diverged, OSError, MemoryError) as error:
-        world.end(failed(world, error, 1))
+        world.end(flags.fail("train.py", error, 1) if world.claims_error() else 1)
     except RuntimeError as error:
-        if not world.lost(error):
+        if not world.is_peer_failure(error):
             raise
-        world.end(launcher.LOST)  # the process that failed says why
+        world.end(launch.PEER_FAILED)  # the process that failed prints why
     world.leave()
-    if "trial" in given and world.first:
-        tuner.report_final(summaries[0]["best"]["accuracy_percent"])
-    if "repeat" in given:
-        console.say(agreement(summaries))
-    if given.get("json") and world.first:
+    if config.trial and world.is_rank_zero:
+        nni_trial.report_final(summaries[0]["best"]["accuracy_percent"])
+    if config.repeat:
+        console.say(repetition_line(summaries))
+    if config.json and world.is_rank_zero:
         for summary in summaries:
             print(json.dumps(summary), file=stdout)
 
 
-def failed(world, error, status):
-    """The exit status. An error that several processes meet is printed by one."""
-    return arguments.fail("train.py", error, status) if world.speaks() else status
+# ---------------------------------------------------------------------------------------------------- a run
+def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, Any]:
+    """One training, begun or continued. Returns its summary.
+
+    In a group of processes all call this and get the same summary. `wait`: for another process that is making this very
+    run. Raises UserError, engine.Diverged where the loss is no longer finite, Stopped on a signal.
+    """
+    world, console, signals = context
+    if config.without_effect:
+        proposed = ", ".join(f"{key} {value:g}" for key, value in config.without_effect.items())
+        console.say(f"note: the tuner's {proposed} have no effect without --teacher")
+    config = world.broadcast(lambda: with_digests(config))
+    directory = RunDirectory(config.run_path)
+
+    def earlier():
+        """The config and the summary of an earlier start of this run."""
+        return directory.check(config.identity()), directory.read(directory.summary_file)
+
+    recorded, summary = world.broadcast(earlier)
+    if summary:
+        console.say(f"finished  {directory.path} (best {outcome_line(summary)})")
+        return summary
+
+    splits = world.rank_zero_first(lambda: data_loader.load(config, console.say))
+    precision, cpu, teacher = actual_precision(config, recorded), cpu_annex(config), None
+    if config.teacher:
+        teacher = world.rank_zero_first(lambda: load_teacher(config, splits, precision, cpu, console.say))
+    step = assemble(config, splits.train, teacher, precision, cpu)
+
+    with directory.claim(wait, console.say) if world.is_rank_zero else contextlib.nullcontext():
+        recorded, summary = world.broadcast(earlier)  # whoever held the lock may have finished it, or was stopped
+        if summary:
+            return summary
+        for line in setup_lines(config, hardware(config, precision, world.size, cpu), step.student):
+            console.say(line)
+        trainer = Trainer(config, splits, step, directory, context)
+        trainer.resume(recorded, {"processes": world.size} | ({"kernels": cpu.kernels.version()} if cpu else {}))
+        if teacher and (step.active_teacher or config.teacher_cache != "auto"):
+            world.rank_zero_first(lambda: attach_table(config, teacher, splits.train, console.say))
+        step.distribute(world)
+        trainer.take_step = step_graph(config, step, world.size, console.say) or step
+        # Processes of a group stop where they agreed upon it and nowhere else: the others would wait for one that left.
+        with signals.deferred() if world.size > 1 else contextlib.nullcontext():
+            for epoch in trainer.remaining_epochs():
+                trainer.train(epoch)
+                record = trainer.evaluate(epoch)
+                trainer.save(record)
+        return trainer.summary()
+
+
+def train_teacher_first(config: RunConfig, context: Context) -> RunConfig:
+    """The configuration with a teacher trained for it; what would refuse the student is found before that."""
+    if config.run_dir:
+        for each in config.repetitions():
+            context.world.broadcast(lambda each=each: RunDirectory(each.run_path).check(each.identity()))
+    check_method(config)
+    context.console.say(f"The teacher {config.teacher} first:")
+    summary = run(config.teacher_config(), context, wait=True)
+    context.console.say(f"Now the student {config.student}:")
+    return config.replace("its own run", teacher_checkpoint=summary["checkpoint"])
+
+
+def with_digests(config: RunConfig) -> RunConfig:
+    """The configuration with digests of the files that the outcome depends on."""
+    if config.dataset == "folder":  # of which the name tells nothing
+        config = config.replace(images=folder_digest(config.dataset_dir))
+    if config.teacher:
+        config = config.replace(teacher_weights=checkpoint.weights_digest(config.teacher_checkpoint))
+    return config
+
+
+def actual_precision(config: RunConfig, recorded: dict[str, Any] | None) -> str:
+    """ "bf16" or "fp32"; a continued run keeps what it began with."""
+    if config.precision != "auto":
+        return config.precision
+    chosen = "bf16" if evaluation.native_bf16(torch.device(config.device)) else "fp32"
+    return (recorded or {}).get("environment", {}).get("precision", chosen)
+
+
+def cpu_annex(config: RunConfig) -> Any:
+    """takd.cpu for a run on a CPU, None on a GPU or where its folder was removed."""
+    if config.device != "cpu":
+        return None
+    try:
+        import takd.cpu.kernels  # a module: an empty folder, left by git with its __pycache__, is a package to Python
+    except ImportError:
+        return None
+    takd.cpu.keep_freed_memory()
+    return takd.cpu
+
+
+def hardware(config: RunConfig, precision: str, processes: int, cpu: Any) -> str:
+    """What the run computes on, in one line."""
+    several = f"{processes} processes of " if processes > 1 else ""
+    slower = ", no C compiler: PyTorch's own batch norm, slower" if cpu and not cpu.kernels.available() else ""
+    return f"{config.device}, {precision}, {several}{torch.get_num_threads()} threads{slower}"
+
+
+# --------------------------------------------------------------------------- teacher, student, method, optimiser
+def load_teacher(config: RunConfig, splits: data_loader.Splits, precision: str, cpu: Any, say: Say) -> Teacher:
+    """The frozen teacher of a checkpoint, scored on the test images."""
+    file, train = config.teacher_checkpoint, splits.train
+    network, metadata = model_factory.load(file, config.teacher)
+    class_names = metadata.get("class_names")
+    if metadata["classes"] != len(train.classes):
+        what = f"{metadata['classes']} classes; {config.dataset} has {len(train.classes)}"
+        raise UserError(f"{file} was trained for {what}; give a teacher trained on {config.dataset}")
+    if class_order(class_names, train.classes):
+        what = f"the classes of {config.dataset} in another order than {config.dataset_dir}"
+        raise UserError(f"{file} has {what}; train the teacher on these very folders")
+    if config.dataset == metadata.get("dataset") == "folder" and class_names != list(train.classes):
+        what = f"other classes than those of {config.dataset_dir}"
+        raise UserError(f"{file} was trained on {what}: train its teacher there")
+    transform = Transform(tuple(metadata["mean"]), tuple(metadata["std"]), metadata["image_size"] or train.image_size)
+    needs_features = getattr(methods.find(config.method), "needs_features", True)
+    teacher = Teacher(network, transform, train, precision, needs_features, cpu and cpu.pack)
+    teacher.path = metadata.get("path", [config.teacher])
+    same_data = metadata.get("dataset", config.dataset) == config.dataset
+    teacher.score(splits.test, file, metadata.get("test_accuracy_percent") if same_data else None, say)
+    return teacher
+
+
+def assemble(config: RunConfig, train: Split, teacher: Teacher | None, precision: str, cpu: Any) -> TrainStep:
+    """The optimisation step of a run: its student, method and optimizer."""
+    torch.manual_seed(config.seed)
+    torch.backends.cudnn.benchmark = True  # a run's shapes are few and come again and again
+    pretrained = bool(config.pretrained and names.torchvision_name(config.student))
+    student = model_factory.create(config.student, len(train.classes), train.image_size, pretrained)
+    if config.initialisation:
+        model_factory.INITIALISATIONS[config.initialisation](student)
+    check_smallest_batch(config, student, train)
+    student.to(train.device, memory_format=torch.channels_last)
+    if cpu:
+        cpu.accelerate(student)
+    # After the student, whose initialisation is then the same whatever the method:
+    method = methods.CrossEntropy()
+    if teacher:
+        method = build_method(config, student, teacher.exact, train, teacher.transform)
+    method.to(train.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        [*student.parameters(), *method.parameters()],
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    return TrainStep(student, method, teacher, optimizer, train, precision)
+
+
+def build_method(config: RunConfig, student: Any, teacher: Any, train: Split, transform: Transform) -> nn.Module:
+    """The run's method, its parameters sized by the networks' Features of two images; `transform` is the teacher's."""
+    images, features = train.take(torch.arange(2)), []
+    for network, expected in ((student, train.transform), (teacher, transform)):
+        with torch.no_grad():
+            features.append(network.eval().forward_features(expected(images)))
+    return methods.build(config.method, config.method_options, *features, train.labels)
+
+
+def check_method(config: RunConfig) -> None:
+    """A UserError where the method does not fit these networks; random weights find it before a teacher is trained."""
+    split = data_loader.random_split(config.dataset, config.image_size)
+    networks = [
+        model_factory.create(each, len(split.classes), split.image_size) for each in (config.student, config.teacher)
+    ]
+    build_method(config, *networks, split, split.transform)
+
+
+def check_smallest_batch(config: RunConfig, student: nn.Module, train: Split) -> None:
+    """One image has no variance where maps have shrunk to one pixel: an error now, not at an epoch's last step."""
+    size = config.batch_size
+    if (len(train) % size or size) != 1:
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=()):
+            copy.deepcopy(student).train()(torch.zeros(1, 3, train.image_size, train.image_size))
+    except ValueError:
+        left = f"leaves one of {len(train)} images for the last step"
+        why = f"too few for the batch norm of {config.student} at this --image-size"
+        raise UserError(f"--batch-size {size} {left}, {why}; change one of them") from None
+
+
+def attach_table(config: RunConfig, teacher: Teacher, train: Split, say: Say) -> None:
+    teacher.attach_table(train, config.augment, config.teacher_cache, config.epochs, config.teacher_checkpoint, say)
+
+
+def step_graph(config: RunConfig, step: TrainStep, processes: int, say: Say) -> StepGraph | None:
+    """Steps as CUDA graphs, where they never need the host; else None, and on a GPU a line that says why."""
+    if config.device != "cuda" or config.cuda_graph is False:
+        return None
+    table = step.active_teacher and step.active_teacher.table
+    reasons = {
+        "several processes share them": processes > 1,
+        "the images do not fit on the GPU": step.split.images.device != step.split.device,
+        "random augmentation runs in other processes": VIEWS[config.augment] is None,
+        "the teacher's table is filled lazily": table and table.resident is None,
+    }
+    if why := next((reason for reason, holds in reasons.items() if holds), None):
+        say(f"steps     kernel by kernel, without a CUDA graph: {why}")
+        return None
+    say("steps     as CUDA graphs")
+    return StepGraph(step, say)
+
+
+# ------------------------------------------------------------------------------------- several runs, measurements
+def repetition_line(summaries: list[dict[str, Any]]) -> str:
+    """Several runs in one line: mean and standard deviation."""
+    outcomes = []
+    for which in ("best", "last"):
+        values = [summary[which]["test_accuracy_percent"] for summary in summaries]
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        outcomes.append(f"{statistics.fmean(values):.2f}{spread} % at the {which} epoch")
+    seeds = " ".join(str(summary["seed"]) for summary in summaries)
+    return f"repeated  {len(summaries)} run{'s' * (len(summaries) > 1)}, seeds {seeds}: test {', '.join(outcomes)}"
+
+
+def measure(config: RunConfig) -> None:
+    """For each network of --measure a JSON line: images per second in training and evaluation, and parameters."""
+    if names.DATASETS[config.dataset].classes is None:
+        why = "only data sets of a known size can be measured"
+        sys.exit(flags.fail("train.py", f"--measure --dataset {config.dataset}: {why}", 2))
+    precision, cpu = actual_precision(config, None), cpu_annex(config)
+    split = data_loader.random_split(config.dataset, config.image_size, 8 * config.batch_size).to(config.device)
+    for name in config.measure:
+        step = assemble(config.replace(student=name), split, None, precision, cpu)
+        graph = step_graph(config, step, 1, lambda line: None)
+        training_rate(step, graph or step, least=WARM_UP + 2 if graph else 1)  # a capture is no ordinary step
+        rate = training_rate(step, graph or step, seconds=1.5)
+        evaluation.predict(step.student, split.subset(slice(0, 100), "random"))  # warm-up
+        started = time.perf_counter()
+        evaluation.score(evaluation.predict(step.student, split), split.labels)
+        line = {
+            "network": name,
+            "train_images_per_second": rate,
+            "evaluation_images_per_second": len(split) / (time.perf_counter() - started),
+            "parameters": model_factory.count_parameters(step.student),
+        }
+        print(json.dumps(line), flush=True)
+
+
+def training_rate(step: TrainStep, take_step: Any, seconds: float = 0, least: int = 1) -> float:
+    """Images per second over at least so many seconds and steps, each an eighth of the split, not augmented."""
+    index = torch.arange(len(step.split) // 8, device=step.split.device)
+    step.student.train()
+    started, steps = time.perf_counter(), 0
+    while steps < least or time.perf_counter() - started < seconds:
+        take_step(Batch(step.split, "none", index, torch.zeros_like(index)), part_of(slice(0, len(index))))
+        steps += 1
+    if step.split.device.type == "cuda":
+        torch.cuda.synchronize()
+    return steps * len(index) / (time.perf_counter() - started)
 
 
 if __name__ == "__main__":

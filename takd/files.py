@@ -1,19 +1,30 @@
-"""Files that survive: atomic writes and locks. Standard library only, so that planning and reporting need no torch."""
+"""Files: atomic writes, locks, digests, and classes out of a user's own FILE.py. Standard library only at import."""
 
 import contextlib
+import difflib
 import errno
 import fcntl
+import hashlib
+import importlib.util
 import json
 import os
+import sys
 import time
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from takd.config.names import UserError
+from takd.errors import UserError
+
+Say = Callable[[str], None]  # takes a line for the user
+ROOT = Path(__file__).resolve().parents[1]  # of the suite: where its commands are
 
 
+# -------------------------------------------------------------------------------------------------- writing
 @contextlib.contextmanager
-def replacing(path):
-    """A temporary path beside `path` that takes its place when the block ends well: a reader sees the old file or the new."""
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path that replaces `path` when the block ends without an error: readers see the old or the new."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -25,8 +36,8 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def save_json(contents, path):
-    """Indented JSON, atomically."""
+def save_json(contents: Any, path: str | Path) -> None:
+    """Indented JSON, written atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
@@ -37,16 +48,15 @@ class Busy(UserError):
 
 
 @contextlib.contextmanager
-def locked(path, what, wait=False, say=lambda line: None):
-    """Hold an exclusive lock on a file for the block; it is released however the process ends.
+def locked(path: Path, what: str, wait: bool = False, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """Hold an exclusive lock on a file for the block; the system releases it however the process ends.
 
-    Without `wait` a lock held elsewhere raises Busy at once; with it, `say` is told once and the lock is waited for.
-    A file system without locks (some clusters' scratch) is used without one.
+    Without `wait`, a lock held by another process raises Busy at once; with it, `say` gets one line and the lock is
+    waited for. On a file system without locks (some clusters' scratch) the block runs without one.
     """
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
-        told = False
+        reported = False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,9 +70,9 @@ def locked(path, what, wait=False, say=lambda line: None):
             holder = file.read().strip() or "another process"
             if not wait:
                 raise Busy(f"{what} is in use by {holder}; wait for it or stop it, then repeat the command")
-            if not told:
+            if not reported:
                 say(f"waiting for {holder}, which holds {what}")
-                told = True
+                reported = True
             time.sleep(0.2)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
@@ -70,11 +80,89 @@ def locked(path, what, wait=False, say=lambda line: None):
         yield
 
 
-def is_locked(path):
-    """Whether somebody holds the lock on a file at this moment."""
+def is_locked(path: str | Path) -> bool:
+    """Whether a process holds the lock on a file at this moment."""
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError as error:
             return error.errno in (errno.EAGAIN, errno.EACCES)
     return False
+
+
+# -------------------------------------------------------------------------------------------------- digests
+def digest(*parts: Any) -> str:
+    """32 hexadecimal digits that identify tensors, state dicts and plain values."""
+    import torch
+
+    hasher = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        if isinstance(part, dict):
+            for key in sorted(part):
+                hasher.update(f"{key}:{digest(part[key])};".encode())
+        elif isinstance(part, torch.Tensor):
+            array = part.detach().cpu().contiguous()
+            hasher.update(f"{array.dtype}{tuple(array.shape)}".encode())
+            hasher.update(array.flatten().view(torch.uint8).numpy().data)
+        else:
+            hasher.update(json.dumps(part).encode())
+    return hasher.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------- a user's own class
+_user_modules: dict[tuple[Path, bytes], Any] = {}
+
+
+def import_class(name: str) -> Any:
+    """The class or function that `FILE.py:CLASS` names. This runs the file, once; what is wrong with it is a UserError.
+
+    The file imports modules beside it as a script would: its own losses.py or data_loader.py, never the suite's.
+    """
+    file, _, class_name = name.strip().rpartition(":")
+    path = Path(file).resolve()
+    try:
+        key = path, path.read_bytes()
+    except OSError as error:
+        reason = {errno.EISDIR: "a folder", errno.ENOENT: "no such file"}.get(error.errno or 0, error.strerror)
+        raise UserError(f"{file} cannot be read ({reason}); give FILE.py:CLASS") from None
+    try:
+        if key not in _user_modules:
+            spec: Any = importlib.util.spec_from_file_location(f"user_file_{path.stem}", path)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            with _importing_from(path.parent):
+                spec.loader.exec_module(module)
+            _user_modules[key] = module
+    except SyntaxError as error:
+        raise UserError(f"{file} is not Python: {error}") from None
+    except (Exception, SystemExit) as error:
+        line, what = traceback.extract_tb(error.__traceback__)[-1].lineno, " ".join(str(error).split())
+        raise UserError(f"{name} cannot be imported: {type(error).__name__}: {what} (line {line})") from None
+    module = _user_modules[key]
+    if not hasattr(module, class_name):
+        defined = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        close = "".join(f" (did you mean {name}?)" for name in difflib.get_close_matches(class_name, defined, 1))
+        raise UserError(f"{file} defines no '{class_name}'{close}; it defines: {' '.join(defined) or 'nothing'}")
+    return getattr(module, class_name)
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+    """Let imports find what lies in `folder`, also where modules of the same names were imported before."""
+
+    def namesakes() -> dict[str, Any]:
+        tops = {name.partition(".")[0] for name in sys.modules} - {"takd"} if folder != ROOT else set()
+        beside = {top for top in tops if (folder / f"{top}.py").exists() or (folder / top / "__init__.py").exists()}
+        return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in beside}
+
+    others = namesakes()
+    for name in others:
+        del sys.modules[name]
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        sys.path.append(str(folder))  # for what the file imports later, inside a function
+        for name in namesakes():
+            del sys.modules[name]  # the file keeps what it has imported
+        sys.modules.update(others)

@@ -1,46 +1,61 @@
-"""What the commands' argument parsers share: spellings of values, files of arguments, one-line errors. Standard library only."""
+"""Command lines: spellings of values, files of arguments, one-line errors, and train.py's flags."""
 
 import argparse
-import contextlib
 import ctypes
+import importlib.util
 import math
+import operator
 import shlex
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
-from takd.config import names
-from takd.config.names import UserError
+from takd.config import methods, names, recipes
+from takd.errors import UserError
+
+DEFAULT_SEED = 1
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with `@file` arguments (several a line, # comments), no abbreviations, and errors of one line (exit status 2).
+    """argparse with `@file` arguments (several a line, # comments), no abbreviations, and errors of one line (status
+    2).
 
-    `flag` notes a default in `defaults` and leaves argparse's at None, so that a given value can be told from an absent one.
+    `flag` notes a default in `defaults` and leaves argparse's at None: a given value is told from an absent one.
     """
 
-    def __init__(self, description):
-        super().__init__(
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            fromfile_prefix_chars="@",
-            allow_abbrev=False,
-        )
-        self.defaults, self.actions = {}, {}
+    def __init__(self, description: str | None) -> None:
+        look = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=look, fromfile_prefix_chars="@", allow_abbrev=False)
+        self.group = self.add_argument_group("flags")
+        self.defaults: dict[str, Any] = {}
+        self.actions: dict[str, argparse.Action] = {}
 
-    def flag(self, group, *spellings, default=None, help, **options):
+    def section(self, title: str) -> None:
+        """The flags that follow stand under this title."""
+        self.group = self.add_argument_group(title)
+
+    def flag(self, *spellings: str, default: Any = None, help: str, **options: Any) -> None:
         if default is not None:
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             help = f"{help} (default: {shown})".replace("%", "%%")
-        action = group.add_argument(*spellings, default=None, help=help, **options)
+        action = self.group.add_argument(*spellings, default=None, help=help, **options)
         self.defaults[action.dest], self.actions[action.dest] = default, action
 
-    def convert_arg_line_to_args(self, arg_line):
+    def switch(self, spelling: str, help: str) -> None:
+        """A flag without a value: True for --name, False for --no-name, None where it is not given."""
+        on = not spelling.startswith("--no-")
+        dest = spelling.removeprefix("--no-").removeprefix("--").replace("-", "_")
+        action = self.group.add_argument(spelling, dest=dest, action="store_const", const=on, default=None, help=help)
+        self.actions.setdefault(dest, action)
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         try:
             return shlex.split(arg_line, comments=True)
         except ValueError as error:
             self.error(f"arguments file: {error} in the line: {arg_line.strip()}")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
         try:
             return super().parse_args(args, namespace)
         except UnicodeDecodeError:
@@ -48,58 +63,36 @@ class Parser(argparse.ArgumentParser):
         except RecursionError:
             self.error("an @file of arguments names itself")
 
-    def named_in(self, argv):
-        """Destinations of the flags that stand in `argv` itself, not in an @file."""
-        flags = {word.split("=")[0] for word in argv}
-        return {action.dest for action in self._actions if flags.intersection(action.option_strings)}
+    def given(self, argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
+        """({setting: value} of the flags that were given, {setting: 'command line' or 'arguments file'})."""
+        values = {key: value for key, value in vars(self.parse_args(argv)).items() if value is not None}
+        words = {word.split("=")[0] for word in argv}
+        direct = {action.dest for action in self._actions if words.intersection(action.option_strings)}
+        return values, {key: "command line" if key in direct else "arguments file" for key in values}
 
-    def error(self, message):
+    def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {' '.join(message.split())} ({self.prog} --help explains)", file=sys.stderr)
         sys.exit(2)
 
 
-class Show(argparse.Action):
-    """A flag that prints what `text()` gives, and ends."""
-
-    def __init__(self, option_strings, dest, text, **options):
-        super().__init__(option_strings, dest=argparse.SUPPRESS, default=argparse.SUPPRESS, nargs=0, **options)
-        self.text = text
-
-    def __call__(self, parser, *_):
-        print(self.text())
-        parser.exit()
-
-
-@contextlib.contextmanager
-def requirements(program):
-    """For a command's imports: a package that is not installed is one line, not a traceback."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
+def check_packages(program: str, *packages: str) -> None:
+    """End with one line where a package is not installed."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         fix = f"install what the suite needs with: {sys.executable} -m pip install -r requirements.txt"
-        sys.exit(fail(program, f"{error}; {fix} (or activate the environment that has it)", 2))
+        sys.exit(fail(program, f"No module named '{missing[0]}'; {fix} (or activate the environment that has it)", 2))
 
 
-def fail(program, error, status):
+def fail(program: str, error: object, status: int) -> int:
     """Print an error as one line; returns the exit status."""
     print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
-def download(description):
-    """The arguments of data_loader.py, which imports torch: read before."""
-    parser = Parser(description)
-    fetched = [name for name in names.DATASETS if name.startswith("cifar")]
-    parser.add_argument("--download", nargs="+", choices=fetched, required=True, help="data sets to fetch where they are absent")
-    parser.add_argument("--dataset-dir", default="./data", metavar="DIR", help="where to (default: ./data)")
-    return parser.parse_args()
-
-
 # ------------------------------------------------------------------------------------------------ spellings
-def checked(check):
-    """A UserError inside an argument's type, as argparse wants it told."""
+def checked(check: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argument's type from a function that raises UserError."""
 
-    def convert(text):
+    def convert(text: str) -> Any:
         try:
             return check(text)
         except UserError as error:
@@ -108,30 +101,29 @@ def checked(check):
     return convert
 
 
-network = checked(names.network)
-dataset = checked(names.dataset)
-method = checked(names.method)
+network, dataset, method = checked(names.network), checked(names.dataset), checked(methods.method_name)
 
 
-def number(kind, minimum=None, maximum=None, above=None, below=None):
-    """A type for numbers of `kind` within bounds; nan and infinity are refused."""
-    bounds = {"at least": minimum, "at most": maximum, "above": above, "below": below}
-    allowed = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if bound is not None)
+BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "minimum": ("at least", operator.ge),
+    "maximum": ("at most", operator.le),
+    "above": ("above", operator.gt),
+    "below": ("below", operator.lt),
+}
+
+
+def number(kind: type, **bounds: float | None) -> Callable[[str], Any]:
+    """A type for numbers of `kind` within BOUNDS; nan and infinity are refused."""
+    tests = [(*BOUNDS[key], bound) for key, bound in bounds.items() if bound is not None]
+    allowed = " and ".join(f"{word} {bound}" for word, _, bound in tests)
     what = f"a {'whole ' if kind is int else ''}number {allowed}".strip()
 
-    def convert(text):
+    def convert(text: str) -> Any:
         try:
             value = kind(text)
-            finite = math.isfinite(value)
+            fits = math.isfinite(value) and all(compare(value, bound) for _, compare, bound in tests)
         except (ValueError, OverflowError):  # the latter of a whole number beyond every float
             raise argparse.ArgumentTypeError(f"'{text}' is not {what}") from None
-        fits = (
-            finite
-            and (minimum is None or value >= minimum)
-            and (maximum is None or value <= maximum)
-            and (above is None or value > above)
-            and (below is None or value < below)
-        )
         if not fits:
             raise argparse.ArgumentTypeError(f"{text} is not {what}")
         return value
@@ -139,31 +131,26 @@ def number(kind, minimum=None, maximum=None, above=None, below=None):
     return convert
 
 
-def method_option(option):
-    """A type for a value of a names.Option: of its default's kind, and within its bounds."""
-    kind, words = type(option.default), option.bounds.split()
-    if kind is bool:
-        return _one_of({"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}, "yes or no")
-    if kind is str:
-        return _one_of({word: word for word in words if word != "or"}, option.bounds) if words else str
-    if words[1:2] == ["to"]:
-        return number(kind, minimum=float(words[0]), maximum=float(words[2]))
-    if words[:1] == ["above"]:
-        return number(kind, above=float(words[1]))
-    return number(kind, minimum=kind(words[-1]) if words else 0)
+YES_OR_NO: dict[str, methods.Value] = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 
-def _one_of(values, allowed):
-    def convert(text):
-        if text.lower() not in values:
-            raise argparse.ArgumentTypeError(f"'{text}' is not {allowed}")
-        return values[text.lower()]
+def option_value(option: methods.Option, text: str) -> methods.Value:
+    """A method option's value: of its default's type and within its bounds."""
+    kind = type(option.default)
+    if kind is str and not option.choices:
+        return text
+    if kind in (bool, str):
+        words: dict[str, methods.Value] = YES_OR_NO if kind is bool else {word: word for word in option.choices}
+        if text.lower() not in words:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {option.bounds or 'yes or no'}")
+        return words[text.lower()]
+    if option.above is not None:
+        return number(kind, above=option.above)(text)
+    return number(kind, minimum=option.minimum, maximum=option.maximum)(text)
 
-    return convert
 
-
-def cuda(text):
-    """Number of GPUs: the released code's spellings of yes and no, or a count. Nothing else, so never a silent CPU."""
+def cuda(text: str) -> int:
+    """Number of GPUs: the released code's spellings of yes and no, or a count; anything else is an error."""
     word = text.strip().lower()
     if word in ("true", "yes", "t", "y", "on"):
         return 1
@@ -171,10 +158,12 @@ def cuda(text):
         return 0
     if word.isascii() and word.isdigit():
         return int(word)
-    raise argparse.ArgumentTypeError(f"'{text}' is neither yes or no (1 true yes t y on, 0 false no off) nor a number of GPUs")
+    raise argparse.ArgumentTypeError(
+        f"'{text}' is neither yes or no (1 true yes t y on, 0 false no off) nor a number of GPUs"
+    )
 
 
-def gpus_present():
+def gpus_present() -> int:
     """GPUs that this process may use, asked of the driver itself: torch takes seconds to import."""
     for library in ("libcuda.so.1", "nvcuda.dll"):
         try:
@@ -192,10 +181,104 @@ def gpus_present():
     return 0
 
 
-def device_name(wanted):
-    """'cuda' or 'cpu' for `--cuda`'s number of GPUs (None: a GPU if there is one), or a UserError that says what is there."""
+def device_name(wanted: int | None) -> str:
+    """'cuda' or 'cpu' for --cuda's number of GPUs (None: a GPU if there is one). More than there are is a UserError."""
     present = 0 if wanted == 0 else gpus_present()
     if wanted is not None and wanted > present:
         there = f"{present} GPU{'s' if present != 1 else ''}" if present else "no GPU (or no driver for it)"
-        raise UserError(f"--cuda {wanted}: this machine has {there}; {'--cuda 0 runs on the CPU' if not present else f'at most --cuda {present}'}")
+        fix = f"at most --cuda {present}" if present else "--cuda 0 runs on the CPU"
+        raise UserError(f"--cuda {wanted}: this machine has {there}; {fix}")
     return "cuda" if present else "cpu"
+
+
+# ------------------------------------------------------------------------------------------------- train.py's
+# fmt: off
+def train_parser(description: str = "") -> Parser:
+    """train.py's flags: a setting that is not given stays None, its default in `parser.defaults`."""
+    parser, kd = Parser(description), methods.METHODS["kd"].options
+    flag, switch, section = parser.flag, parser.switch, parser.section
+    whole, positive = number(int, minimum=1), number(float, above=0)
+    section("networks")
+    flag("--student", "--model", type=network, default="resnet8", metavar="NAME",
+         help=f"network to train: {' '.join(names.NETWORKS)}, {names.MORE_NETWORKS}")
+    flag("--teacher", type=network, metavar="NAME", help="network to learn from (without one: labels only)")
+    flag("--teacher-checkpoint", metavar="FILE", help="the teacher's weights (without: it is trained first)")
+    switch("--pretrained", "torchvision's weights but for a new last layer, in a student or a teacher trained first")
+    section("data")
+    flag("--dataset", type=dataset, default="cifar100", metavar="NAME", help=" ".join(names.DATASETS))
+    flag("--dataset-dir", default="./data", metavar="DIR",
+         help="where cifar-100-python or cifar100/{train,test}/<class>/ is, or is downloaded to; of --dataset folder, "
+         "where train/<class>/ and val or test are")
+    flag("--image-size", type=number(int, minimum=8, maximum=1024), metavar="N",
+         help="height and width of the networks' input (default: 32, of a folder 224)")
+    flag("--train-images", type=whole, metavar="N", help="only N of them, the same share of each class")
+    switch("--download", "fetch an absent data set (the default)")
+    switch("--no-download", "never touch the network")
+    flag("--validation-split", type=number(float, minimum=0), default=0.0, metavar="SHARE",
+         help="hold out this share (or number) of the training images to select the best epoch on, not the test set")
+    flag("--augment", choices=("auto", *names.VIEWS), default="auto", help="auto takes the recipe's")
+    flag("--workers", type=number(int, minimum=0), metavar="N",
+         help="processes that apply rotate-crop-flip (default: one a core, at most 8)")
+    section("distillation")
+    flag("--method", type=method, default="kd", metavar="NAME",
+         help=f"{' '.join(methods.METHODS)}, or a class of your own: my_file.py:MyClass")
+    flag("--method-option", nargs="+", action="extend", metavar="KEY=VALUE", help="options of the method")
+    flag("--temperature", type=positive, metavar="T", help=f"option of the method (kd: {kd['temperature'].default:g})")
+    flag("--lambda", type=number(float, minimum=0, maximum=1), metavar="L",
+         help=f"option of the method: weight of the distillation term in eq. 3 (kd: {kd['lambda'].default:g})")
+    parser.group.add_argument("--help-methods", action="version", version=methods.help_methods(),
+                              help="list the methods and their options")
+    flag("--teacher-cache", choices=("auto", "live", "lazy", "full"), default="auto",
+         help="the teacher's logits: computed for every batch (live), or kept in a table, filled lazily or in full")
+    section("optimisation (what is not given comes from the recipe)")
+    flag("--recipe", choices=tuple(recipes.RECIPES), default="paper", help="docs/recipes.md explains")
+    flag("--epochs", type=whole, metavar="N", help="passes over the training images (paper: 160)")
+    flag("--batch-size", type=whole, metavar="N", help="images a step, over all GPUs (paper: 128)")
+    flag("--learning-rate", type=positive, metavar="RATE", help="of the first epoch")
+    flag("--milestones", type=number(int, minimum=0), nargs="*", metavar="EPOCH", help="epochs of the rate's decay")
+    flag("--learning-rate-decay", type=positive, metavar="F", help="factor at each milestone")
+    flag("--momentum", type=number(float, minimum=0, below=1), metavar="M", help="of SGD")
+    switch("--nesterov", "Nesterov momentum")
+    switch("--no-nesterov", "plain momentum")
+    flag("--weight-decay", type=number(float, minimum=0), metavar="W", help="of SGD")
+    flag("--seed", type=number(int, minimum=0, maximum=2**63 - 1), default=DEFAULT_SEED, metavar="N",
+         help="of initialisation, order and augmentation")
+    flag("--repeat", type=whole, metavar="N",
+         help="N runs with seeds from --seed on and one teacher, each in a folder of its own; their mean at the end")
+    section("machine")
+    flag("--cuda", type=cuda, metavar="N", help="GPUs: 1 or yes, 0 or no, or a number, a process each "
+         "(without the flag: a GPU if there is one); under torchrun: 0, or a GPU for each of its processes")
+    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto",
+         help="arithmetic of the networks; auto takes bf16 where the hardware has it")
+    switch("--no-cuda-graph", "launch a step's kernels one by one (without the flag: as one CUDA graph where possible)")
+    flag("--measure", nargs="+", type=network, metavar="NAME",
+         help="train nothing: measure what these networks take here, on random images; a JSON line each")
+    section("records")
+    flag("--run-dir", metavar="DIR", help="the run's folder (default: runs/<a name made of the settings>)")
+    flag("--save-minutes", type=positive, default=10.0, metavar="M",
+         help="save inside an epoch this often; every epoch's end and SIGTERM, SIGINT, SIGUSR1 save as well")
+    switch("--json", "print the summary as JSON; other lines go to standard error")
+    return parser
+
+
+def download_parser(description: str) -> Parser:
+    """data_loader.py's flags."""
+    parser, fetched = Parser(description), [name for name in names.DATASETS if name.startswith("cifar")]
+    parser.group.add_argument("--download", nargs="+", choices=fetched, required=True, help="data sets to fetch")
+    parser.group.add_argument("--dataset-dir", default="./data", metavar="DIR", help="where to (default: ./data)")
+    return parser
+# fmt: on
+
+
+def words(settings: Mapping[str, Any]) -> list[str]:
+    """The arguments that give these settings to train.py."""
+    result = []
+    for key, value in settings.items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            result.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list | tuple):
+            result += [f"--{name}", *map(str, value)]
+        else:
+            result += [f"--{name}", str(value)]
+    return result

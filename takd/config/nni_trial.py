@@ -1,25 +1,28 @@
-"""Inside an NNI trial: what the tuner proposes, and what it is told. nni is imported nowhere else, and here only in a trial."""
+"""Inside an NNI trial: the tuner's proposal, and the results that it gets. nni is imported here
+alone, and only in a trial."""
 
 import os
 import sys
+from typing import Any
 
-from takd.config.names import UserError
+from takd.errors import UserError
 
 # The released code's search-space keys, and shorter ones, as settings of ours.
-PARAMETERS = {"T_student": "temperature", "T": "temperature", "lambda_student": "lambda", "lambda": "lambda", "seed": "seed"}
+OLD_KEYS = {"T_student": "temperature", "lambda_student": "lambda"}
+PARAMETERS = OLD_KEYS | {"T": "temperature", "lambda": "lambda", "seed": "seed"}
 
 
-def trial():
+def trial() -> str | None:
     """The trial's id, or None outside an experiment (where importing nni would only warn)."""
     return os.environ.get("NNI_TRIAL_JOB_ID") if os.environ.get("NNI_PLATFORM") else None
 
 
-def experiment():
+def experiment() -> str:
     """The experiment's id."""
     return os.environ.get("NNI_EXP_ID", "unknown")
 
 
-def parameters():
+def proposal() -> dict[str, Any]:
     """{setting: value} from the tuner. Keys that mean nothing here, or the same twice, are UserErrors."""
     try:
         import nni
@@ -30,8 +33,10 @@ def parameters():
         ) from None
     proposed = nni.get_next_parameter() or {}
     if unknown := [key for key in proposed if key not in PARAMETERS]:
-        raise UserError(f"the tuner proposes {', '.join(sorted(unknown))}; search_space.json may hold {' '.join(PARAMETERS)}")
-    settings = {}
+        raise UserError(
+            f"the tuner proposes {', '.join(sorted(unknown))}; search_space.json may hold {' '.join(PARAMETERS)}"
+        )
+    settings: dict[str, Any] = {}
     for key, value in proposed.items():
         if PARAMETERS[key] in settings:
             raise UserError(f"the tuner proposes {PARAMETERS[key]} under two names ({' '.join(proposed)}); keep one")
@@ -39,13 +44,13 @@ def parameters():
     return settings
 
 
-def report_epoch(accuracy_percent):
+def report_epoch(accuracy_percent: float) -> None:
     import nni
 
     nni.report_intermediate_result(accuracy_percent)
 
 
-def report_final(accuracy_percent):
+def report_final(accuracy_percent: float) -> None:
     import nni
 
     nni.report_final_result(accuracy_percent)

@@ -1,13 +1,14 @@
-"""A set of views of an image, numbered: augmentation as batched tensor code where the set is finite.
+"""Augmentation of batches. Where it is a finite set of numbered views, a teacher's logits are a table over (image,
+view).
 
-`none` has one view and `flip` two, the image and its mirror. `crop-flip` (zero padding of 4 pixels, a random crop back, a mirror
-with probability 1/2: He et al. 2016) has 9 x 9 x 2 = 162: view = (row * 9 + column) * 2 + mirrored, row and column in 0..8, 4 and
-4 being the middle; `crop-flip-reflect` is the same with the image mirrored at its borders in place of zeros. Because views are
-numbers, a teacher's logits are a table over (image, view), and any epoch's pixels can be rebuilt alone. `rotate-crop-flip` has no end
-of views: there the number is the seed of torchvision's random transforms.
+`none` has one view and `flip` two, the image and its mirror. `crop-flip` (zero padding of 4 pixels, a random crop, a
+mirror with probability 1/2: He et al. 2016) has 9 x 9 x 2 = 162: view = (row * 9 + column) * 2 + mirrored, row and
+column in 0..8 and 4 in the middle; `crop-flip-reflect` pads with the mirrored image instead of zeros.
+`rotate-crop-flip` draws torchvision's transforms at random: there a view number is the seed of the draw.
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -17,14 +18,19 @@ from takd.config.names import VIEWS as VIEWS
 PADDING = 4
 OFFSETS = 2 * PADDING + 1
 MIDDLE = (PADDING * OFFSETS + PADDING) * 2
-UNCHANGED = {"none": 0, "flip": 0, "crop-flip": MIDDLE, "crop-flip-reflect": MIDDLE}  # the view that is the image itself
+UNCHANGED = {
+    "none": 0,
+    "flip": 0,
+    "crop-flip": MIDDLE,
+    "crop-flip-reflect": MIDDLE,
+}  # the view that is the image itself
 
 
-def apply(augment, images, views):
-    """The numbered views of a batch, where VIEWS says how many there are.
+def apply(augment: str, images: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+    """The numbered views of a batch, where VIEWS has a number of them.
 
     images: uint8 (B, 3, H, W); views: int64 (B,), on the same device. Returns uint8 (B, 3, H, W), pixel for pixel what
-    torchvision's pad, crop and hflip give one image at a time (tests/test_data.py).
+    torchvision's pad, crop and hflip give for one image at a time.
     """
     if augment == "none":
         return images
@@ -32,17 +38,17 @@ def apply(augment, images, views):
     if augment != "flip":
         height, width = images.shape[2:]
         padded = _reflected(images) if augment == "crop-flip-reflect" else F.pad(images, (PADDING,) * 4)
-        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 9, 9, H, W), a view without a copy
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, 3, 9, 9, H, W), without a copy
         place = views // 2
         batch = torch.arange(len(images), device=images.device)
         images = windows[batch, :, place // OFFSETS, place % OFFSETS]  # (B, 3, H, W)
     return torch.where(mirrored, images.flip(3), images)
 
 
-def _reflected(images):
-    """Padded by mirroring, the border's own pixels not repeated. PyTorch's reflection does not know uint8."""
+def _reflected(images: torch.Tensor) -> torch.Tensor:
+    """Padded by mirroring, the border's own pixels not repeated. PyTorch's reflection padding has no uint8."""
 
-    def places(length):
+    def places(length: int) -> torch.Tensor:
         steps = torch.arange(-PADDING, length + PADDING, device=images.device).abs()
         return torch.where(steps < length, steps, 2 * (length - 1) - steps)
 
@@ -50,20 +56,21 @@ def _reflected(images):
     return images[:, :, height][..., width]
 
 
-def endless(image, view, size):
-    """One of the views without end of rotate-crop-flip: a turn by up to 30 degrees, a random resized crop, a mirror.
+def random_view(image: torch.Tensor, seed: int, size: int) -> torch.Tensor:
+    """rotate-crop-flip of one image: a rotation by up to 30 degrees, a random resized crop, a horizontal flip.
 
-    image: uint8 (3, H, W) of any size; view: the seed, a whole number. Returns uint8 (3, size, size). PyTorch's generator is left
-    as it was.
+    image: uint8 (3, H, W) of any size. Returns uint8 (3, size, size). PyTorch's global generator is left as it was.
     """
     with torch.random.fork_rng(devices=()):
-        torch.default_generator.manual_seed(int(view))
+        torch.default_generator.manual_seed(int(seed))
         return transforms(size)(image)
 
 
 @functools.cache
-def transforms(size):
-    """Torchvision's own, for uint8 tensors (3, H, W)."""
+def transforms(size: int) -> Any:
+    """rotate-crop-flip as torchvision's transforms of uint8 tensors (3, H, W)."""
     from torchvision.transforms import InterpolationMode, v2
 
-    return v2.Compose([v2.RandomRotation(30, InterpolationMode.BILINEAR), v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()])
+    return v2.Compose(
+        [v2.RandomRotation(30, InterpolationMode.BILINEAR), v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    )

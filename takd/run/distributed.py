@@ -1,115 +1,137 @@
-"""Data-parallel training: several processes, each with its part of every batch, compute what one process would, to rounding.
+"""Data-parallel training: several processes, each with its part of every batch, compute what one process would, to
+rounding.
 
     world = join("cpu")                      World() alone: one process, and nothing here does anything
-    learner, lesson = world.wrap(student, method)
+    ddp_student, ddp_method = world.wrap(student, method)
 
-Gradients are averaged by PyTorch's DistributedDataParallel, NCCL's on GPUs and gloo's on the CPU; batch norm is over the whole
-batch; what decides where all go next is agreed upon over a second gloo group, which may wait for days (rank 0 downloads, fills
-tables and saves while the others wait). Rank 0 alone writes. launcher.py starts the processes.
+Gradients are averaged by PyTorch's DistributedDataParallel, NCCL's on GPUs and gloo's on the CPU; batch norm is over
+the whole batch; control flow is agreed upon over a second gloo group, which may wait for days (rank 0 downloads, fills
+tables and saves while the others wait). Rank 0 alone writes. launch.py starts the processes.
 """
 
 import datetime
 import inspect
 import os
 import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import distributed, nn
 from torch.distributed.rendezvous import rendezvous
 
-from takd.run import launch as launcher
+from takd import process
+from takd.images.split import step_rows
 
-PATIENCE = datetime.timedelta(days=7)
+TIMEOUT = datetime.timedelta(days=7)
+
+
+class Part(NamedTuple):
+    """What one process takes of a step: contiguous rows of the epoch's plan, as equally many as possible in each.
+
+    A step with fewer images than there are processes is whole in each.
+    """
+
+    rows: slice
+    images: int  # of the whole step
+    share: float  # its values times this, summed over the processes, are the step's
+    weight: float  # its loss times this, averaged over the processes, is the step's
+
+    @property
+    def whole(self) -> bool:
+        return self.rows.stop - self.rows.start == self.images
+
+
+def part_of(step: slice, rank: int = 0, size: int = 1) -> Part:
+    """The Part of process `rank` of `size` in a step over these rows."""
+    images = step.stop - step.start
+    if images < size:
+        return Part(step, images, 1 / size, 1.0)
+    start, stop = images * rank // size, images * (rank + 1) // size
+    rows, share = slice(step.start + start, step.start + stop), (stop - start) / images
+    return Part(rows, images, share, (stop - start) * size / images)
 
 
 class World:
-    """One of `size` processes; with size 1 every method returns what it was given, or does it, and talks to nobody."""
+    """One of `size` processes; with size 1 every method does its work, or nothing, and communicates with nobody."""
 
-    def __init__(self, rank=0, size=1, store=None, control=None):
+    def __init__(self, rank: int = 0, size: int = 1, store: Any = None, control: Any = None):
         self.rank, self.size = rank, size
         self.store, self.control = store, control
-        self.copied = False  # whether this step's batch, too small to split, is whole in every process
+        self.is_rank_zero = rank == 0  # the process that writes
+        self.replicated = False  # whether this step's batch, too small to split, is whole in every process
 
-    @property
-    def first(self):
-        """Whether this process is the one that writes."""
-        return self.rank == 0
+    def parts(self, images: int, batch_size: int, first_step: int = 0) -> list[Part]:
+        """This process's Part of each step of an epoch."""
+        return [part_of(rows, self.rank, self.size) for rows in step_rows(images, batch_size, first_step)]
 
-    def shared(self, work):
+    def track_split(self, part: Part) -> None:
+        """Before a step: batch norm needs to know whether the batch is split."""
+        self.replicated = part.whole
+
+    def broadcast(self, work: Callable[[], Any]) -> Any:
         """What `work()` returns on rank 0, in every process. An error of it ends rank 0, and thereby the others."""
-        if self.size == 1:
-            return work()
-        result = [work() if self.first else None]
-        distributed.broadcast_object_list(result, src=0, group=self.control)
+        result = [work() if self.is_rank_zero else None]
+        if self.size > 1:
+            distributed.broadcast_object_list(result, src=0, group=self.control)
         return result[0]
 
-    def in_turn(self, work):
+    def rank_zero_first(self, work: Callable[[], Any]) -> Any:
         """`work()` of every process, rank 0's before the others': they find what it downloaded, decoded or filled."""
-        result = work() if self.first else None
+        result = work() if self.is_rank_zero else None
         self.barrier()
-        return result if self.first else work()
+        return result if self.is_rank_zero else work()
 
-    def barrier(self):
+    def barrier(self) -> None:
         if self.size > 1:
             distributed.barrier(group=self.control)
 
-    def highest(self, value):
+    def all_reduce_max(self, value: int) -> int:
         """The greatest of the processes' whole numbers."""
         if self.size == 1:
             return value
-        value = torch.tensor(value)
-        distributed.all_reduce(value, distributed.ReduceOp.MAX, group=self.control)
-        return int(value)
+        tensor = torch.tensor(value)
+        distributed.all_reduce(tensor, distributed.ReduceOp.MAX, group=self.control)
+        return int(tensor)
 
-    def total(self, tensor):
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of the processes' tensors (of one shape, on the training device), in place."""
         if self.size > 1:
             distributed.all_reduce(tensor)
         return tensor
 
-    def wrap(self, student, method):
-        """(student, method) to train with: gradients are the mean over the processes, batch norm is over all their images.
+    def wrap(self, student: nn.Module, method: nn.Module) -> tuple[Any, Any]:
+        """(student, method) to train with: gradients are the mean over the processes, batch norm is over all images.
 
         The modules given stay what is saved and evaluated. Only their batch norms change class, in place.
         """
         if self.size == 1:
             return student, method
-        for module in (*student.modules(), *method.modules()):
+        modules: list[Any] = [*student.modules(), *method.modules()]
+        for module in modules:
             if type(module) is nn.BatchNorm2d:
-                module.__class__, module.world = SharedBatchNorm2d, self
-        learns = any(parameter.requires_grad for parameter in method.parameters())
-        return Learner(student), _averaging(method) if learns else method
+                module.__class__ = SharedBatchNorm2d
+                module.world = self  # type: ignore[assignment]
+        has_parameters = any(parameter.requires_grad for parameter in method.parameters())
+        return DDPStudent(student), _ddp(method) if has_parameters else method
 
-    def noting(self, batches):
-        """The batches; while one is trained on, batch norm knows whether it was split."""
-        if self.size == 1:
-            return batches
-        return self._noting(batches)
-
-    def _noting(self, batches):
-        for batch in batches:
-            self.copied = batch.part.whole
-            yield batch
-
-    def speaks(self):
+    def claims_error(self) -> bool:
         """Whether this process is the one to print an error: the first that failed. All meet most errors alike."""
-        if self.size == 1:
-            return True
         try:
-            return self.store.add("failed", 1) == 1
-        except RuntimeError:  # the store went with the process that kept it, which has spoken
+            return self.size == 1 or self.store.add("failed", 1) == 1
+        except RuntimeError:  # the store ended with rank 0, which has printed
             return False
 
-    def lost(self, error):
-        """Whether an error only says that another process has ended."""
+    def is_peer_failure(self, error: Exception) -> bool:
+        """Whether an error is only the consequence of another process's end."""
         return self.size > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error).lower())
 
-    def leave(self):
+    def leave(self) -> None:
         """For all, when everything is done."""
         if self.size > 1:
             distributed.destroy_process_group()
 
-    def end(self, status):
+    def end(self, status: int) -> NoReturn:
         """End this process with an exit status, whatever the others do."""
         if self.size == 1:
             sys.exit(status)
@@ -118,12 +140,12 @@ class World:
         os._exit(status)  # connections to processes that are gone cannot be closed in order: torch aborts, or waits
 
 
-def join(device):
+def join(device: str) -> World:
     """The World that the environment describes; waits until all its processes are there. `device` is 'cuda' or 'cpu'.
 
     Raises ConnectionError where they do not come together.
     """
-    place = launcher.place()
+    place = process.place()
     if place.size == 1:
         return World()
     if device == "cuda":
@@ -131,24 +153,25 @@ def join(device):
     try:
         store, rank, size = next(rendezvous("env://"))
         distributed.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
-        control = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        control = distributed.new_group(backend="gloo", timeout=TIMEOUT)
     except RuntimeError as error:
-        raise ConnectionError(f"process {place.rank} of {place.size} does not reach the others: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ConnectionError(f"process {place.rank} of {place.size} does not reach the others: {reason}") from None
     return World(rank, size, store, control)
 
 
-class Learner:
-    """A student under DDP: to engine.train_epoch what the student itself is."""
+class DDPStudent:
+    """A student under DDP, with the student's own interface."""
 
-    def __init__(self, student):
-        self.train, self.averaged = student.train, _averaging(_Features(student))
+    def __init__(self, student: nn.Module):
+        self._ddp = _ddp(_ForwardFeatures(student))
 
-    def forward_features(self, images):
-        return self.averaged(images)
+    def forward_features(self, images: torch.Tensor) -> Any:
+        return self._ddp(images)
 
 
-class _Features(nn.Module):
-    """DDP calls forward, training wants forward_features."""
+class _ForwardFeatures(nn.Module):
+    """DDP calls forward, training needs forward_features."""
 
     def __init__(self, student):
         super().__init__()
@@ -158,18 +181,21 @@ class _Features(nn.Module):
         return self.student.forward_features(images)
 
 
-def _averaging(module):
+def _ddp(module):
     # Buffers need no broadcast in each step: batch norm's are of the whole batch, and so the same in every process.
     known = inspect.signature(nn.parallel.DistributedDataParallel).parameters
-    buffers = {next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known): False}  # its newer name, and the older
-    return nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True, **buffers)
+    name = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known)  # the newer name first
+    ddp: Any = nn.parallel.DistributedDataParallel
+    return ddp(module, gradient_as_bucket_view=True, **{name: False})
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the images of all processes. torch's SyncBatchNorm does the same, on GPUs alone."""
+    """Batch norm over the images of all processes, also on the CPU, where torch's SyncBatchNorm does not run."""
+
+    world: World
 
     def forward(self, x):
-        if not self.training or self.world.copied:
+        if not self.training or self.world.replicated:
             return super().forward(x)
         wide = x.float()
         channels, count = x.shape[1], x.numel() // x.shape[1]
@@ -177,7 +203,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         # Moments about the running mean, which all share: about 0 their difference would lose digits.
         mean = mean - self.running_mean
         moments = torch.cat([count * mean, count * (variance + mean * mean), mean.new_full((1,), count)])
-        moments = _Total.apply(moments)
+        moments = _AllReduceSum.apply(moments)
         images = moments[-1]
         mean, square = moments[:channels] / images, moments[channels:-1] / images
         variance = (square - mean * mean).clamp_min(0)
@@ -191,7 +217,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         return (wide * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
 
-class _Total(torch.autograd.Function):
+class _AllReduceSum(torch.autograd.Function):
     """The sum over processes, of tensors forward and of their gradients backward."""
 
     @staticmethod

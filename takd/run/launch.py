@@ -1,75 +1,50 @@
-"""Data-parallel training's processes: which one this is, and starting them. Standard library only: it answers before torch.
+"""Starting the processes of one machine for `--cuda N`: the same command N times. Standard library only: it runs before
+torch.
 
-torchrun describes each process it starts by RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its
-environment; `launch` starts processes of one machine in the same way. What they do together is in parallel.py.
+The processes find each other as torchrun's do (takd/process.py); what they do together is in distributed.py.
 """
 
-import contextlib
 import ctypes
-import io
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from typing import NamedTuple
+from collections.abc import Callable
+from types import FrameType
 
-LOST = 76  # exit status of a process that ended only because another one did (EX_PROTOCOL of sysexits.h)
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-NOTICE_SECONDS, KILL_SECONDS = 3, 15  # after one has failed: the others end by themselves, are asked to, are killed
+from takd.process import STOP_SIGNALS
 
-
-class Place(NamedTuple):
-    """Which of how many processes this is, in all and on this machine."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+PEER_FAILED = 76  # exit status of a process that ended only because another one did (EX_PROTOCOL of sysexits.h)
+NOTICE_SECONDS, KILL_SECONDS = 3, 15  # after one has failed: the others end by themselves, get SIGTERM, are killed
 
 
-def place():
-    """As the environment says; one process alone where it does not say all of it."""
-    try:
-        rank, size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    except (KeyError, ValueError):
-        return Place()
-    if size < 2 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        return Place()
-    return Place(rank, size, local_rank, local_size)
+def launch(count: int, command: list[str], say: Callable[[str], object]) -> int:
+    """Run `command` as `count` processes that find each other; returns an exit status when all have ended.
 
-
-@contextlib.contextmanager
-def one_voice():
-    """For what every process of a machine would print alike, such as a usage error: only the machine's first prints it."""
-    if place().local_rank == 0:
-        yield
-    else:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-
-
-def launch(count, command, say):
-    """Run `command` (a list) as `count` processes that find each other; returns an exit status when all have ended.
-
-    Signals that stop a run are passed on (torchrun passes on no SIGUSR1). Where one process fails the others are ended; the
-    status is 128 + a signal's number, or the first failure's. `say` is told of a process that was killed.
+    Signals that stop a run are passed on (torchrun passes on no SIGUSR1). Where one process fails the others are ended;
+    the status is 128 + a signal's number, or the first failure's. `say` gets a line about a process that was killed.
     """
-    children, received = [], []
+    children: list[subprocess.Popen] = []
+    received: list[int] = []
 
-    def forward(number, _frame=None):
+    def forward(number: int, _frame: FrameType | None = None) -> None:
         received.append(number)
         for child in children:
             child.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
+    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
         port, threads = _free_port(), str(max(1, (os.cpu_count() or 1) // count))
         for rank in range(count):
             environment = {"OMP_NUM_THREADS": threads} | os.environ
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(count)}
+            environment |= {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "RANK": str(rank),
+                "WORLD_SIZE": str(count),
+            }
             environment |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
             children.append(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent()))
         if received:  # while they were being started
@@ -83,7 +58,7 @@ def launch(count, command, say):
     failures = {rank: status for rank, status in ended.items() if status}
     if received and failures:
         return 128 + received[0]
-    causes = {rank: status for rank, status in failures.items() if status != LOST} or dict.fromkeys(failures, 1)
+    causes = {rank: status for rank, status in failures.items() if status != PEER_FAILED} or dict.fromkeys(failures, 1)
     for rank, status in causes.items():
         if status < 0:
             name = signal.Signals(-status).name
@@ -92,9 +67,11 @@ def launch(count, command, say):
     return 0
 
 
-def _wait(children):
+def _wait(children: list[subprocess.Popen]) -> dict[int, int]:
     """{rank: exit status} in the order in which they ended."""
-    ended, failed, asked = {}, None, False
+    ended: dict[int, int] = {}
+    failed: float | None = None
+    terminated = False
     while len(ended) < len(children):
         time.sleep(0.05)
         for rank, child in enumerate(children):
@@ -106,20 +83,20 @@ def _wait(children):
         for rank, child in enumerate(children):
             if rank not in ended and late > KILL_SECONDS:
                 child.kill()
-            elif rank not in ended and late > NOTICE_SECONDS and not asked:
+            elif rank not in ended and late > NOTICE_SECONDS and not terminated:
                 child.terminate()
-        asked = asked or late > NOTICE_SECONDS
+        terminated = terminated or late > NOTICE_SECONDS
     return ended
 
 
-def _free_port():
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
-def _end_with_parent():
-    """What a child calls to be sent SIGTERM where this process is killed itself and can forward nothing; None off Linux."""
+def _end_with_parent() -> Callable[[], object] | None:
+    """For a child to call: the kernel sends it SIGTERM if this process is killed. None off Linux."""
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None)

@@ -1,13 +1,14 @@
-"""One run's folder, records and console.
+"""One run's folder and records.
 
-    runs/<name>/config.json                     what was asked for and where each value came from, versions, device
-                metrics.jsonl                   a line an epoch
+    runs/<name>/config.json                     every setting and where it came from, versions, device
+                metrics.jsonl                   a line an epoch, epochs counted from 0
                 <model>_<trial>_best.pth.tar    the best epoch's network, in the released code's format
                 last.pth.tar                    everything that continuing needs
                 summary.json                    written when the run is finished, and only then
                 events.out.tfevents.*           TensorBoard
 
-Commands talk to each other through these files. Nothing parses the console.
+Commands communicate through these files; nothing parses the console. Imports no torch, so that planning and reporting
+need none.
 """
 
 import contextlib
@@ -15,28 +16,29 @@ import json
 import os
 import platform
 import subprocess
-import sys
-import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from takd import files
-from takd.config.names import UserError
+from takd.errors import UserError
 
-HERE = Path(__file__).resolve().parent
+Record = dict[str, Any]
 
 
 class RunDirectory:
     """The files of one run. Nothing is written before `claim` has found the folder free, or its own."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config_file = self.path / "config.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
         self.last_file = self.path / "last.pth.tar"
-        self._events = None
+        self._events: Any = None
 
-    def read(self, file):
+    def read(self, file: Path) -> Any:
         """A JSON file of this run, or None where there is none."""
         try:
             return json.loads(file.read_text(encoding="utf-8"))
@@ -45,36 +47,37 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read ({error}); restore it, or give another --run-dir") from None
 
-    def check(self, identity):
-        """The recorded config of an earlier start of the same run, or None. Another configuration's folder is refused."""
+    def check(self, identity: Mapping[str, Any]) -> Record | None:
+        """The recorded config of an earlier start of the same run, or None; another configuration is a UserError."""
         recorded = self.read(self.config_file)
         if recorded is None:
             if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
                 if not (self.path / "teacher").is_dir():
                     raise UserError(f"{self.path} holds files but no run; give a new or empty folder with --run-dir")
             return None
-        differ = [key for key in identity if recorded.get(key) != identity[key]]
-        if differ:
-            changes = ", ".join(f"{key} {_short(recorded.get(key))} there, {_short(identity[key])} now" for key in differ)
+        if differ := [key for key in identity if recorded.get(key) != identity[key]]:
+            changes = ", ".join(
+                f"{key} {_short(recorded.get(key))} there, {_short(identity[key])} now" for key in differ
+            )
             raise UserError(f"{self.path} holds another run ({changes}); give another --run-dir or delete that folder")
         return recorded
 
-    def claim(self, wait=False, say=lambda line: None):
+    def claim(self, wait: bool = False, say: Callable[[str], None] = lambda line: None) -> AbstractContextManager[None]:
         """A lock on the folder for as long as the context lasts."""
         return files.locked(self.path / ".lock", f"run {self.path}", wait, say)
 
     @property
-    def in_use(self):
+    def in_use(self) -> bool:
         return files.is_locked(self.path / ".lock")
 
-    def start(self, config, first_epoch):
+    def start(self, config: Record, first_epoch: int) -> None:
         """Record the configuration and drop records of epochs that will be run again."""
         files.save_json(config, self.config_file)
         kept = [line for line in self.records() if line["epoch"] < first_epoch]
         with files.replacing(self.metrics_file) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
-    def records(self):
+    def records(self) -> list[Record]:
         """The epochs recorded so far. A last line cut off by a crash is left out."""
         lines = []
         with contextlib.suppress(FileNotFoundError):
@@ -83,45 +86,39 @@ class RunDirectory:
                     lines.append(json.loads(line))
         return lines
 
-    def log(self, record):
+    def log(self, record: Record) -> None:
         """One epoch's record, to metrics.jsonl and TensorBoard."""
         with open(self.metrics_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self._events is None:
-            self._events = _event_writer(self.path, purge_step=record["epoch"])
+            from torch.utils.tensorboard import SummaryWriter  # when the first epoch is over: it takes a second or two
+
+            self._events = SummaryWriter(str(self.path), purge_step=record["epoch"])
         for key, value in record.items():
             if isinstance(value, int | float) and key != "epoch":
                 self._events.add_scalar(_tag(key), value, record["epoch"])
         self._events.flush()
 
-    def finish(self, summary):
-        files.save_json(summary, self.summary_file)
-
-    def close(self):
+    def finish(self, summary: Record) -> None:
         if self._events:
             self._events.close()
+        files.save_json(summary, self.summary_file)
 
 
-def _event_writer(path, purge_step):
-    """torch's SummaryWriter, imported when the first epoch is over: it takes a second or two."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(path), purge_step=purge_step)
-
-
-def _tag(key):
+def _tag(key: str) -> str:
     """train_loss -> loss/train, so that TensorBoard draws train and test into one group."""
     part, _, rest = key.partition("_")
     return f"{rest}/{part}" if part in ("train", "test", "validation") else key
 
 
-def _short(value):
+def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) < 40 else text[:36] + "...\""
+    return text if len(text) < 40 else text[:36] + '..."'
 
 
-def environment(device):
-    """Where a run ran: what a reader needs to judge its times and to repeat it."""
+# ---------------------------------------------------------------------------------------------- where it ran
+def environment(device: Any) -> Record:
+    """Where a run ran: what a reader needs to judge its times and to repeat it. `device` is a torch.device."""
     import numpy
     import torch
 
@@ -138,89 +135,21 @@ def environment(device):
     }
 
 
-def processor():
+def processor() -> str:
+    """The processor's model name."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
 
 
-def _commit():
+def _commit() -> str | None:
     """This suite's commit, with a mark where files were changed since; None outside a clone."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = ["git", "-C", str(HERE)]
+        git = ["git", "-C", str(files.ROOT)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
         return commit + (" (changed)" if changed else "")
     return None
-
-
-# -------------------------------------------------------------------------------------------------- console
-class Console:
-    """Lines for people. On a terminal a bar shows the steps of the epoch; elsewhere a plain line a minute does."""
-
-    def __init__(self, stream=None):
-        self.stream = stream or sys.stdout
-        self.columns = None
-        self._bar = None
-
-    def say(self, line):
-        print(line, file=self.stream, flush=True)
-
-    def row(self, record, epochs, eta_seconds):
-        """An epoch's record as one aligned row, under a heading before the first."""
-        cells = _cells(record, epochs, eta_seconds)
-        if self.columns != list(cells):
-            self.columns = list(cells)
-            self.say("  ".join(f"{name:>{_width(name)}}" for name in cells))
-        self.say("  ".join(f"{text:>{_width(name)}}" for name, text in cells.items()))
-
-    @contextlib.contextmanager
-    def progress(self, epoch, steps, done, batch_size):
-        """A function to call after each step."""
-        if self.stream.isatty():
-            from tqdm import tqdm
-
-            with tqdm(
-                total=steps * batch_size, initial=done * batch_size, desc=f"epoch {epoch}", unit=" img", leave=False, file=self.stream
-            ) as bar:
-                yield lambda: bar.update(batch_size)
-        else:
-            yield _MinuteLines(self.say, epoch, steps, done)
-
-
-class _MinuteLines:
-    def __init__(self, say, epoch, steps, done):
-        self.say, self.epoch, self.steps, self.done = say, epoch, steps, done
-        self.next = time.monotonic() + 60
-
-    def __call__(self):
-        self.done += 1
-        if time.monotonic() > self.next:
-            self.next = time.monotonic() + 60
-            self.say(f"epoch {self.epoch}: step {self.done} of {self.steps}")
-
-
-def _cells(record, epochs, eta_seconds):
-    parts = [key for key in record if key.startswith("train_") and key.removeprefix("train_") not in _RECORDED_APART]
-    cells = {"epoch": f"{record['epoch']}/{epochs - 1}", "lr": f"{record['learning_rate']:g}", "loss": f"{record['train_loss']:.4f}"}
-    cells |= {key.removeprefix("train_"): f"{record[key]:.4f}" for key in parts}
-    cells |= {"train %": f"{record['train_accuracy_percent']:.2f}"}
-    for split in ("validation", "test"):
-        if f"{split}_accuracy_percent" in record:
-            cells |= {f"{split} loss": f"{record[f'{split}_loss']:.4f}", f"{split} %": f"{record[f'{split}_accuracy_percent']:.2f}"}
-    return cells | {"img/s": f"{record['train_images_per_second']:.0f}", "left": duration(eta_seconds)}
-
-
-_RECORDED_APART = ("loss", "accuracy_percent", "images_per_second", "seconds")
-
-
-def _width(name):
-    return max(len(name), 7)
-
-
-def duration(seconds):
-    """3:07 or 1:02:45."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

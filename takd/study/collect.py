@@ -1,80 +1,151 @@
-"""What runs recorded, gathered and compared: groups of seeds, studies of paths, paired tests, published numbers. No torch.
+"""What runs recorded, gathered: runs, groups of seeds, studies of paths, published numbers.
 
-Accuracies are of the test images, in percent: `best` at the epoch chosen on the run's selection split, `last` at the last one.
-Means, deviations and tests take finished runs only.
+Runs are read from their folders, or from a JSON-lines file that `report.py --keep` made of such folders. Accuracies are
+of the test images, in percent: `best` at the epoch chosen on the run's selection split, `last` at the last one. Means
+and deviations take finished runs only.
 """
 
 import json
+import os
 import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from takd.config import run_config as settings
-from takd.config.names import UserError
-from takd.run import run_directory as runlog
-from takd.study import plan as study
+from takd import files
+from takd.config.run_config import INCIDENTAL
+from takd.errors import UserError
+from takd.run.run_directory import RunDirectory
+from takd.study import plan
+from takd.study.plan import NetworkPath
 
-HERE = Path(__file__).resolve().parent
 OUTCOMES = ("best", "last")
 # What may differ between runs that are the same but for their seed: where and when they ran, not what was asked for.
-APART = {"seed", "teacher_weights", "origins", "argv", "environment", "path", "trial", *settings.INCIDENTAL}
+APART = {"seed", "teacher_weights", "origins", "argv", "environment", "path", "trial", *INCIDENTAL}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder of train.py, finished or not."""
+    """One run of train.py, finished or not."""
 
     folder: Path
-    config: dict
-    records: tuple
-    summary: dict | None
+    study: Path | None  # the study folder, or kept file, that it belongs to
+    config: dict[str, Any]
+    records: Sequence[dict[str, Any]]
+    summary: dict[str, Any] | None
 
     @property
-    def path(self):
+    def path(self) -> NetworkPath:
         return tuple(self.config["path"])
 
     @property
-    def seed(self):
+    def seed(self) -> int:
         return self.config["seed"]
 
     @property
-    def finished(self):
+    def finished(self) -> bool:
         return self.summary is not None
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         return sum(record["train_seconds"] + record["evaluation_seconds"] for record in self.records)
 
-    def accuracy(self, which):
+    def accuracy(self, which: str) -> float | None:
         """Test accuracy, None before the first epoch is over."""
         if not self.records:
             return None
         split = "validation" if self.config["validation_split"] else "test"
-        best = max(self.records, key=lambda record: record[f"{split}_accuracy_percent"])  # the first of equals, as train.py
+        best = max(
+            self.records, key=lambda record: record[f"{split}_accuracy_percent"]
+        )  # the first of equals, as train.py
         return (best if which == "best" else self.records[-1])["test_accuracy_percent"]
 
     @property
-    def progress(self):
+    def progress(self) -> str:
         return f"epoch {len(self.records)} of {self.config['epochs']}"
 
 
-def collect(folders):
-    """(every run below the folders, [what could not be read])."""
-    runs, unreadable = {}, []
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise UserError(f"{folder} is not a folder; give folders with runs of train.py, such as runs/paths")
-        for file in sorted(folder.rglob("config.json")):
-            directory = runlog.RunDirectory(file.parent)
-            try:
-                config, summary = directory.read(file), directory.read(directory.summary_file)
-                run = Run(file.parent, config, tuple(directory.records()), summary)
-                run.path, run.seed, run.accuracy("best"), run.seconds, config["dataset"], config["environment"]["host"]
-            except (UserError, KeyError, TypeError) as error:
-                unreadable.append(f"{file.parent}: {error}")
-                continue
-            runs[file.parent.resolve()] = run
-    return list(runs.values()), unreadable
+@dataclass
+class Collection:
+    """Runs, what could not be read, and {study: [(path, seed)]} that was planned."""
+
+    runs: dict[Path, Run] = field(default_factory=dict)
+    unreadable: list[str] = field(default_factory=list)
+    planned: dict[Path, list[tuple[NetworkPath, int]]] = field(default_factory=dict)
+
+    def add(self, folder: Path, study: Path | None, config: Any, records: Sequence[Any], summary: Any) -> None:
+        run = Run(folder, study, config, tuple(records), summary)
+        try:
+            run.path, run.seed, run.accuracy("best"), run.seconds, config["environment"]["host"]
+            [config[key] for key in ("dataset", "recipe", "epochs", "origins", "validation_split")]
+        except (KeyError, TypeError) as error:
+            self.unreadable.append(f"{folder}: {error}")
+        else:
+            self.runs[folder.resolve()] = run
+
+    def plan(self, study: Path, planned: Iterable[Mapping[str, Any]]) -> None:
+        self.planned[study] = [(tuple(training["path"]), training["seed"]) for training in planned]
+
+
+def collect(places: Iterable[str | Path]) -> Collection:
+    """Every run below the folders and in the JSON-lines files."""
+    found = Collection()
+    for place in map(Path, places):
+        if place.suffix == ".jsonl" and place.is_file():
+            _read_kept(place, found)
+        elif place.is_dir():
+            _read_folders(place, found)
+        else:
+            raise UserError(
+                f"{place} is no folder and no .jsonl file; give folders with runs of train.py, such as runs/paths"
+            )
+    return found
+
+
+def _read_folders(folder: Path, found: Collection) -> None:
+    for file in sorted(folder.rglob("config.json")):
+        directory = RunDirectory(file.parent)
+        study = file.parent.parent if (file.parent.parent / plan.STUDY_FILE).is_file() else None
+        if study and study not in found.planned:
+            found.plan(study, plan.read(study).values())
+        try:
+            config, summary = directory.read(file), directory.read(directory.summary_file)
+        except UserError as error:
+            found.unreadable.append(f"{file.parent}: {error}")
+        else:
+            found.add(file.parent, study, config, directory.records(), summary)
+
+
+# --------------------------------------------------------------------------------------------------- kept runs
+def keep(collection: Collection, file: Path) -> None:
+    """Write runs to one JSON-lines file: a line a study with what was planned there, and a line a run."""
+    above = os.path.commonpath([run.folder.resolve().parent for run in collection.runs.values()])
+
+    def name(folder: Path) -> str:
+        return os.path.relpath(folder.resolve(), above)
+
+    lines: list[dict[str, Any]] = []
+    for study, planned in collection.planned.items():
+        lines.append({"study": name(study), "planned": [{"path": path, "seed": seed} for path, seed in planned]})
+    for run in collection.runs.values():
+        place = {"run": name(run.folder), "study": run.study and name(run.study)}
+        lines.append({**place, "config": run.config, "summary": run.summary, "epochs": run.records})
+    with files.replacing(file) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def _read_kept(file: Path, found: Collection) -> None:
+    try:
+        for line in [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]:
+            if "planned" in line:
+                found.plan(file / line.get("study", "."), line["planned"])
+            else:
+                name = line.get("study", "." if file in found.planned else None)
+                study = None if name is None else file / name
+                found.add(file / line["run"], study, line["config"], line["epochs"], line["summary"])
+    except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}); report.py --keep writes such files") from None
 
 
 # ----------------------------------------------------------------------------------------------------- groups
@@ -82,51 +153,55 @@ def collect(folders):
 class Group:
     """Runs that differ in their seed alone."""
 
-    path: tuple
-    config: dict  # of one of them
-    runs: list = field(default_factory=list)
+    path: NetworkPath
+    config: dict[str, Any]  # of one of them
+    runs: list[Run] = field(default_factory=list)
 
     @property
-    def finished(self):
+    def finished(self) -> dict[int, Run]:
         return {run.seed: run for run in self.runs if run.finished}
 
-    def values(self, which):
+    def values(self, which: str) -> dict[int, float]:
         """{seed: accuracy} of the finished runs."""
-        return {seed: run.accuracy(which) for seed, run in self.finished.items()}
+        return {seed: run.accuracy(which) or 0.0 for seed, run in self.finished.items()}
 
-    def mean(self, which):
+    def mean(self, which: str) -> float | None:
         values = self.values(which).values()
         return statistics.fmean(values) if values else None
 
-    def deviation(self, which):
+    def deviation(self, which: str) -> float | None:
         values = list(self.values(which).values())
         return statistics.stdev(values) if len(values) > 1 else None
 
     @property
-    def epoch_seconds(self):
+    def epoch_seconds(self) -> float | None:
         """Median training and evaluation of one epoch, over all runs; None before the first is over."""
-        seconds = [record["train_seconds"] + record["evaluation_seconds"] for run in self.runs for record in run.records]
+        seconds = [
+            record["train_seconds"] + record["evaluation_seconds"] for run in self.runs for record in run.records
+        ]
         return statistics.median(seconds) if seconds else None
 
     @property
-    def method(self):
+    def method(self) -> str | None:
         return self.config.get("method")
 
     @property
-    def options(self):
+    def options(self) -> dict[str, Any]:
         return self.config.get("method_options") or {}
 
 
-def group(runs):
+def group(runs: Iterable[Run]) -> list[Group]:
     """Runs by everything but the seed. A run whose seed its group has already begins another group."""
-    groups = {}
+    groups: dict[Any, Group] = {}
     for run in sorted(runs, key=lambda run: (run.seed, str(run.folder))):
-        key = (run.path, json.dumps({k: v for k, v in run.config.items() if k not in APART}, sort_keys=True))
-        for again in range(len(runs)):
-            members = groups.setdefault((key, again), Group(run.path, run.config)).runs
-            if all(member.seed != run.seed for member in members):
-                members.append(run)
-                break
+        settings = json.dumps({key: value for key, value in run.config.items() if key not in APART}, sort_keys=True)
+        again = 0
+        while any(
+            member.seed == run.seed
+            for member in groups.setdefault((run.path, settings, again), Group(run.path, run.config)).runs
+        ):
+            again += 1
+        groups[run.path, settings, again].runs.append(run)
     return list(groups.values())
 
 
@@ -137,153 +212,97 @@ class Study:
 
     folder: Path | None
     dataset: str
-    sizes: tuple
-    cells: dict
-    planned: dict  # {path: number of seeds}
-    ambiguous: list  # paths run under several settings, of which the cells hold one
+    sizes: NetworkPath
+    cells: dict[NetworkPath, Group]
+    planned: dict[NetworkPath, int]  # number of seeds
+    ambiguous: list[NetworkPath]  # paths run under several settings, of which the cells hold one
 
     @property
-    def teacher(self):
+    def teacher(self) -> str:
         return self.sizes[0]
 
     @property
-    def student(self):
+    def student(self) -> str:
         return self.sizes[-1]
 
     @property
-    def title(self):
+    def title(self) -> str:
         return f"From {self.teacher} to {self.student} on {self.dataset}"
 
     @property
-    def ends(self):
+    def ends(self) -> list[NetworkPath]:
         """Paths from the teacher to the student, most assistants first."""
         paths = [path for path in {**self.planned, **self.cells} if len(path) > 1 and path[-1] == self.student]
         return sorted(paths, key=lambda path: (-len(path), [self.sizes.index(network) for network in path]))
 
     @property
-    def rows(self):
+    def rows(self) -> list[NetworkPath]:
         """Those, and paths that end before the student."""
         paths = [path for path in {**self.planned, **self.cells} if len(path) > 1]
         leaves = [path for path in paths if not any(other[: len(path)] == path and other != path for other in paths)]
         return self.ends + [path for path in leaves if path[-1] != self.student]
 
-    def mean(self, path, which="best"):
+    def mean(self, path: NetworkPath, which: str = "best") -> float | None:
         return self.cells[path].mean(which) if path in self.cells else None
 
-    def best(self, which="best"):
+    def best(self, which: str = "best") -> NetworkPath | None:
         """The path to the student with the highest mean, None before one is finished."""
         done = [path for path in self.ends if self.mean(path, which) is not None]
-        return max(done, key=lambda path: self.mean(path, which), default=None)
+        return max(done, key=lambda path: self.mean(path, which) or 0, default=None)
 
-    def short(self, path):
+    def short(self, path: NetworkPath) -> str:
         """A path in bare numbers where one family makes them plain."""
-        return " > ".join(str(study.size(network)) if study.one_family(self.sizes) else network for network in path)
+        return " > ".join(str(plan.size(network)) if plan.one_family(self.sizes) else network for network in path)
 
 
-def studies(runs):
-    """Studies among runs: one a study folder, data set and teacher; runs of other folders by data set, recipe and length."""
-    planned, found = {}, {}
-    for run in runs:
-        folder = run.folder.parent if (run.folder.parent / study.STUDY_FILE).is_file() else None
-        key = (folder, run.config["dataset"], None if folder else (run.config["recipe"], run.config["epochs"]))
-        found.setdefault(key, []).append(run)
-        if folder and folder not in planned:
-            planned[folder] = [(tuple(training["path"]), training["seed"]) for training in study.read(folder).values()]
+def studies(found: Collection) -> list[Study]:
+    """Studies among runs: one a study folder, data set and teacher; other runs by data set, recipe and epochs."""
+    parts: dict[Any, list[Run]] = {}
+    for run in found.runs.values():
+        comparable = None if run.study else (run.config["recipe"], run.config["epochs"])
+        parts.setdefault((run.study, run.config["dataset"], comparable), []).append(run)
     result = []
-    for (folder, dataset, _), members in found.items():
-        paths = {run.path for run in members} | {path for path, _ in planned.get(folder, ())}
+    for (folder, dataset, _), members in parts.items():
+        planned = found.planned.get(folder, [])
+        paths = {run.path for run in members} | {path for path, _ in planned}
         for teacher in dict.fromkeys(path[0] for path in sorted(paths, key=len, reverse=True) if len(path) > 1):
             taught = {path for path in paths if path[0] == teacher and len(path) > 1}
             sizes = _sizes(taught)
             of_it = [run for run in members if run.path in taught or (len(run.path) == 1 and run.path[0] in sizes)]
-            cells, ambiguous = {}, []
+            cells: dict[NetworkPath, Group] = {}
+            ambiguous = []
             for candidate in sorted(group(of_it), key=lambda g: (len(g.finished), g.mean("best") or 0)):
                 if candidate.path in cells:
                     ambiguous.append(candidate.path)
                 cells[candidate.path] = candidate
-            wanted = [path for path, _ in planned.get(folder, ()) if path in taught or (len(path) == 1 and path[0] in sizes)]
-            result.append(Study(folder, dataset, sizes, cells, {path: wanted.count(path) for path in wanted}, ambiguous))
+            wanted = [path for path, _ in planned if path in taught or (len(path) == 1 and path[0] in sizes)]
+            seeds = {path: wanted.count(path) for path in wanted}
+            result.append(Study(folder, dataset, sizes, cells, seeds, ambiguous))
     return result
 
 
-def _sizes(paths):
+def _sizes(paths: Iterable[NetworkPath]) -> NetworkPath:
     """The networks of paths, so that every path walks them from left to right."""
     networks = list(dict.fromkeys(network for path in sorted(paths, key=len, reverse=True) for network in path))
-    ordered = []
+    ordered: list[str] = []
     while networks:  # the first that no other of those left comes before
-        free = [n for n in networks if not any(n in path and set(path[: path.index(n)]) & set(networks) for path in paths)]
-        chosen = max(free or networks, key=study.size)
+        free = [
+            n for n in networks if not any(n in path and set(path[: path.index(n)]) & set(networks) for path in paths)
+        ]
+        chosen = max(free or networks, key=plan.size)
         ordered.append(chosen)
         networks.remove(chosen)
     return tuple(ordered)
 
 
-# ------------------------------------------------------------------------------------------------ comparisons
-@dataclass(frozen=True)
-class Difference:
-    """One group minus another over the seeds that both have, in points."""
-
-    mean: float
-    deviation: float | None
-    seeds: int
-    p: float | None  # of a paired t-test; None where there is none: one seed, or no spread at all
-
-
-def difference(group, reference, which):
-    """None where the two share no finished seed."""
-    ours, theirs = group.values(which), reference.values(which)
-    pairs = [round(ours[seed] - theirs[seed], 9) for seed in ours if seed in theirs]  # rounding errors are no spread
-    if not pairs:
-        return None
-    deviation = statistics.stdev(pairs) if len(pairs) > 1 else None
-    p = None
-    if deviation:
-        from scipy.special import stdtr  # Student's distribution; scipy.stats takes a second to import
-
-        t = statistics.fmean(pairs) / (deviation / len(pairs) ** 0.5)
-        p = float(2 * stdtr(len(pairs) - 1, -abs(t)))
-    return Difference(statistics.fmean(pairs), deviation, len(pairs), p)
-
-
-def holm(differences):
-    """p values of several tests, corrected after Holm so that a false alarm among all of them stays as rare as of one."""
-    ranked = sorted((d.p, i) for i, d in enumerate(differences) if d and d.p is not None)
-    corrected, highest = [None] * len(differences), 0.0
-    for rank, (p, i) in enumerate(ranked):
-        highest = max(highest, min(1.0, p * (len(ranked) - rank)))
-        corrected[i] = highest
-    return corrected
-
-
-def standard_error(percent, images):
-    """Of an accuracy measured on so many test images, in points."""
-    share = percent / 100
-    return 100 * (share * (1 - share) / images) ** 0.5
-
-
-def rule_of_thumb(found):
-    """(mean of teacher and student alone, {assistant: its own accuracy}, the nearest), or None where one is missing."""
-    own = {network: found.mean((network,)) for network in found.sizes}
-    if own[found.teacher] is None or own[found.student] is None:
-        return None
-    middle = (own[found.teacher] + own[found.student]) / 2
-    tried = {path[1] for path in found.ends if len(path) == 3}
-    assistants = {network: own[network] for network in found.sizes[1:-1] if own[network] is not None and network in tried}
-    if not assistants:
-        return None
-    return middle, assistants, min(assistants, key=lambda network: abs(assistants[network] - middle))
-
-
 # -------------------------------------------------------------------------------------------------- published
-def published():
+def published() -> list[dict[str, Any]]:
     """[{source, title, dataset, method, percent: {path as text: number}}] of published.json."""
-    return json.loads((HERE / "published.json").read_text(encoding="utf-8"))
+    return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
 
 
-def published_for(dataset, path, method):
+def published_for(dataset: str, path: NetworkPath, method: str | None) -> dict[str, float]:
     """{source: percent} of the same cell: data set, path and, where something was distilled, method."""
-    return {
-        entry["source"]: entry["percent"][study.arrows(path)]
-        for entry in published()
-        if entry["dataset"] == dataset and study.arrows(path) in entry["percent"] and (len(path) == 1 or entry["method"] == method)
-    }
+    text = plan.arrows(path)
+    same = [entry for entry in published() if entry["dataset"] == dataset and text in entry["percent"]]
+    return {entry["source"]: entry["percent"][text] for entry in same if len(path) == 1 or entry["method"] == method}

@@ -1,81 +1,94 @@
-"""Headings, paragraphs, tables and figures, written as Markdown and as one HTML page that needs nothing else. Standard library only."""
+"""Headings, paragraphs, tables and figures, written as Markdown and as one HTML page that needs nothing else."""
 
 import html
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from takd import files
 
+Rows = Sequence[Sequence[str]]
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+{style}</style></head>
+<body>
+{body}
+</body></html>
+"""
+
 
 class Document:
-    """Blocks in their order, and the folder that `write` puts them into: report.md, report.html with the figures inside, and files."""
+    """Blocks in their order, and the folder that `write` puts them into: report.md, report.html, and files."""
 
-    def __init__(self, folder):
-        self.folder, self.blocks, self.attached = Path(folder), [], {}
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.blocks: list[tuple[Any, ...]] = []
+        self.attached: dict[str, bytes] = {}
 
-    def heading(self, text, level=2):
+    def heading(self, text: str, level: int = 2) -> None:
         self.blocks.append(("heading", text, level))
 
-    def text(self, *sentences):
-        if said := " ".join(sentence for sentence in sentences if sentence):
-            self.blocks.append(("text", said))
+    def text(self, *sentences: str) -> None:
+        if paragraph := " ".join(sentence for sentence in sentences if sentence):
+            self.blocks.append(("text", paragraph))
 
-    def table(self, header, rows, mark=None):
-        """Rows of cells as text; numbers stand to the right. The row numbered `mark` is the one to look at."""
+    def table(self, header: Sequence[str], rows: Rows, mark: int | None = None) -> None:
+        """Rows of cells as text; numbers are right-aligned. The row numbered `mark` is highlighted."""
         if rows:  # without the columns that hold nothing
             kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
             self.blocks.append(("table", [header[i] for i in kept], [[row[i] for i in kept] for row in rows], mark))
 
-    def figure(self, name, drawn, caption):
+    def figure(self, name: str, drawn: tuple[str, bytes], caption: str) -> None:
         """`drawn` is (SVG text, PNG bytes), kept as <name>.svg and <name>.png; a `name` already taken gets a number."""
         taken = [block[1] for block in self.blocks if block[0] == "figure"]
         name = next(free for free in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if free not in taken)
         self.blocks.append(("figure", name, caption, *drawn))
 
-    def attach(self, name, text):
+    def attach(self, name: str, text: str) -> None:
         """A further file of the folder."""
         self.attached[name] = text.encode()
 
-    def markdown(self):
+    def markdown(self) -> str:
         parts = []
-        for kind, *block in self.blocks:
-            if kind == "heading":
-                parts.append(f"{'#' * block[1]} {block[0]}")
-            elif kind == "text":
-                parts.append(block[0])
-            elif kind == "table":
-                header, rows, mark = block
-                rows = [[f"**{cell}**" if cell and i == mark else cell for cell in row] for i, row in enumerate(rows)]
-                sides = ["--:" if right else "---" for right in _numeric(header, rows)]
-                parts.append(
-                    "\n".join(
-                        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in (header, sides, *rows)
-                    )
-                )
-            else:
-                parts.append(f"![{block[1]}]({block[0]}.png)\n\n*{block[1]}*")
+        for block in self.blocks:
+            match block:
+                case "heading", text, level:
+                    parts.append(f"{'#' * level} {text}")
+                case "text", text:
+                    parts.append(text)
+                case "table", header, rows, mark:
+                    shown = [[f"**{c}**" if c and i == mark else c for c in row] for i, row in enumerate(rows)]
+                    sides = ["--:" if right else "---" for right in _numeric(header, shown)]
+                    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (header, sides, *shown)]
+                    parts.append("\n".join(f"| {' | '.join(row)} |" for row in escaped))
+                case "figure", name, caption, *_:
+                    parts.append(f"![{caption}]({name}.png)\n\n*{caption}*")
         return "\n\n".join(parts) + "\n"
 
-    def html(self):
+    def html(self) -> str:
         parts = []
-        for kind, *block in self.blocks:
-            if kind == "heading":
-                parts.append(f"<h{block[1]}>{html.escape(block[0])}</h{block[1]}>")
-            elif kind == "text":
-                parts.append(f"<p>{html.escape(block[0])}</p>")
-            elif kind == "table":
-                parts.append(_html_table(*block))
-            else:
-                svg = block[2][block[2].index("<svg") :]
-                # Two figures of one page may not share the names of their parts.
-                svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>part{len(parts)}-", svg)
-                caption = html.escape(block[1])
-                parts.append(f'<figure role="img" aria-label="{caption}">{svg}<figcaption>{caption}</figcaption></figure>')
+        for block in self.blocks:
+            match block:
+                case "heading", text, level:
+                    parts.append(f"<h{level}>{html.escape(text)}</h{level}>")
+                case "text", text:
+                    parts.append(f"<p>{html.escape(text)}</p>")
+                case "table", header, rows, mark:
+                    parts.append(_html_table(header, rows, mark))
+                case "figure", _, caption, svg, _:
+                    # Two figures of one page may not share the names of their parts.
+                    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>part{len(parts)}-", svg[svg.index("<svg") :])
+                    label = html.escape(caption)
+                    look = f'<figure role="img" aria-label="{label}">'
+                    parts.append(f"{look}{svg}<figcaption>{label}</figcaption></figure>")
         title = html.escape(next(block[1] for block in self.blocks if block[0] == "heading"))
-        return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">\n' \
-               f"<title>{title}</title>\n<style>{STYLE}</style></head>\n<body>\n" + "\n".join(parts) + "\n</body></html>\n"  # fmt: skip
+        style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
+        return PAGE.format(title=title, style=style, body="\n".join(parts))
 
-    def write(self):
+    def write(self) -> None:
         contents = {"report.md": self.markdown().encode(), "report.html": self.html().encode()} | self.attached
         for _, name, _, svg, png in (block for block in self.blocks if block[0] == "figure"):
             contents |= {f"{name}.svg": svg.encode(), f"{name}.png": png}
@@ -86,7 +99,8 @@ class Document:
 
 
 def _numeric(header, rows):
-    return [i > 0 and all(re.fullmatch(r"\**[-+−]?[\d<(].*", row[i]) or not row[i] for row in rows) for i in range(len(header))]
+    number = re.compile(r"\**[-+−]?[\d<(].*")
+    return [i > 0 and all(number.fullmatch(row[i]) or not row[i] for row in rows) for i in range(len(header))]
 
 
 def _html_table(header, rows, mark):
@@ -98,23 +112,3 @@ def _html_table(header, rows, mark):
 
     body = "\n".join(row(cells, "td", " class=best" if i == mark else "") for i, cells in enumerate(rows))
     return f'<div class="table"><table><thead>{row(header, "th")}</thead>\n<tbody>{body}</tbody></table></div>'
-
-
-STYLE = """
-body { font: 16px/1.55 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; color: #1b2733; background: #fff;
-       max-width: 66rem; margin: 2rem auto; padding: 0 1.2rem }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .6rem }
-h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; border-bottom: 1px solid #e6eaef; padding-bottom: .25rem }
-h3 { font-size: 1.05rem; margin: 1.8rem 0 .4rem }
-p { max-width: 52rem }
-.table { overflow-x: auto; margin: 1rem 0 }
-table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
-th { text-align: left; color: #6b7785; font-weight: 600; border-bottom: 1.5px solid #b8c1cc }
-th, td { padding: .32rem .75rem .32rem 0; vertical-align: top }
-td { border-bottom: 1px solid #e6eaef }
-.n { text-align: right; white-space: nowrap; padding-left: .7rem }
-tr.best td { font-weight: 700; color: #b35900 }
-figure { margin: 1.4rem 0 } figure svg { max-width: 100%; height: auto }
-figcaption { color: #6b7785; font-size: .88rem }
-@media print { body { margin: 0; max-width: none } }
-"""

@@ -3,33 +3,40 @@
 Shared look: ours in blue, the best marked in orange, trained alone in grey, published numbers small and grey.
 """
 
+import functools
 import io
 import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec
 
 from matplotlib import rc_context
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from takd.study.collect import Study
+from takd.study.plan import NetworkPath
+
+Drawn = tuple[str, bytes]
+Parameters = ParamSpec("Parameters")
+Published = Mapping[NetworkPath, float]
+
 INK, GREY, FAINT, GRID = "#1b2733", "#6b7785", "#b8c1cc", "#e6eaef"
 BLUE, PALE, BEST, PAPER = "#1f6fb2", "#e3effa", "#d9730d", "#8a94a0"
 STEPS = ("#0b3c6f", "#2f7fc1", "#39a3a0", "#8cb369", "#c9a227", "#b5651d", "#7d5ba6", "#c2517c")
-STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID, "grid.linewidth": 0.8, "xtick.color": GREY, "ytick.color": GREY,
-    "xtick.major.size": 0, "ytick.major.size": 0, "legend.frameon": False, "figure.facecolor": "white", "savefig.facecolor": "white",
-    "svg.fonttype": "none", "svg.hashsalt": "takd",
-}  # fmt: skip
+DASHED = (0, (4, 3))
+STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
-def styled(draw):
-    """The figure as (SVG text, PNG bytes). No window and no display is needed for these."""
+def styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Drawn]:
+    """The figure as (SVG text, PNG bytes). Needs neither window nor display."""
 
-    def drawn(*arguments):
+    @functools.wraps(draw)
+    def drawn(*arguments: Parameters.args, **named: Parameters.kwargs) -> Drawn:
         svg, png = io.StringIO(), io.BytesIO()
-        with rc_context(STYLE):
-            figure = draw(*arguments)
+        with rc_context(fname=STYLE):
+            figure = draw(*arguments, **named)
             figure.savefig(svg, format="svg", metadata={"Date": None})
             figure.savefig(png, format="png", dpi=160)
         return svg.getvalue(), png.getvalue()
@@ -39,69 +46,63 @@ def styled(draw):
 
 # -------------------------------------------------------------------------------------------- the paper's figure 5
 @styled
-def paths(study, published):
-    """Sizes as columns, a row a path, nodes with the best test accuracy; `published`: {path: percent} stands below."""
-    rows = study.rows
+def paths(study: Study, published: Published) -> Figure:
+    """Sizes as columns, a row a path, nodes with the best test accuracy; the published number stands below."""
+    rows, best = study.rows, study.best()
     columns = {network: x for x, network in enumerate(study.sizes)}
-    height = 0.74 * (len(rows) + 1) + 1.3
-    figure = Figure(figsize=(1.75 * len(columns) + 2.2, height))
+    figure = Figure(figsize=(1.75 * len(columns) + 2.2, 0.74 * (len(rows) + 1) + 1.3))
     axes = figure.subplots()
     axes.set(xlim=(-1.55, len(columns) - 0.4), ylim=(len(rows) + 0.75, -1.05))
     axes.axis("off")
+    centred: dict[str, Any] = {"ha": "center", "va": "center"}
     for network, x in columns.items():
         role = {study.teacher: "teacher", study.student: "student"}.get(network, "assistant")
-        axes.text(x, -0.8, network, ha="center", va="center", fontsize=11.5, weight="bold")
-        axes.text(x, -0.48, role, ha="center", va="center", fontsize=8.5, color=GREY)
-    best = study.best()
+        axes.text(x, -0.8, network, fontsize=11.5, weight="bold", **centred)
+        axes.text(x, -0.48, role, fontsize=8.5, color=GREY, **centred)
     for y, path in enumerate(rows):
-        label = study.short(path)
-        axes.text(
-            -1.5,
-            y,
-            label,
-            va="center",
-            fontsize=9,
-            color=BEST if path == best else GREY,
-            weight="bold" if path == best else "normal",
-        )
+        color, weight = (BEST, "bold") if path == best else (GREY, "normal")
+        axes.text(-1.5, y, study.short(path), va="center", fontsize=9, color=color, weight=weight)
         for i, network in enumerate(path):
             prefix = path[: i + 1]
             if i:
-                axes.annotate("", (columns[network] - 0.23, y), (columns[path[i - 1]] + 0.23, y),
-                              arrowprops={"arrowstyle": "-|>", "color": FAINT, "lw": 1.2, "mutation_scale": 11})  # fmt: skip
-            _node(axes, columns[network], y, study, prefix, published, best=prefix == best, quiet=i == 0)
+                arrow = {"arrowstyle": "-|>", "color": FAINT, "lw": 1.2, "mutation_scale": 11}
+                axes.annotate("", (columns[network] - 0.23, y), (columns[path[i - 1]] + 0.23, y), arrowprops=arrow)
+            look = (BEST, BEST, "white") if prefix == best else (PALE, BLUE, INK) if i else ("white", FAINT, GREY)
+            _node(axes, (columns[network], y), study, prefix, published, look)
     y = len(rows)
     axes.axhline(y - 0.5, color=GRID, lw=1.2)
     axes.text(-1.5, y, "alone (NOKD)", va="center", fontsize=9, color=GREY)
     for network, x in columns.items():
-        _node(axes, x, y, study, (network,), published, best=False, quiet=True)
+        _node(axes, (x, y), study, (network,), published, ("white", FAINT, GREY))
     figure.tight_layout(pad=0.4)
     return figure
 
 
-def _node(axes, x, y, study, path, published, best, quiet):
-    group = study.cells.get(path)
+def _node(
+    axes: Any,
+    place: tuple[float, float],
+    study: Study,
+    path: NetworkPath,
+    published: Published,
+    look: tuple[str, str, str],
+) -> None:
+    """A path's last network: mean, deviation or progress, and the published number. look: face, edge, ink."""
+    group, (x, y) = study.cells.get(path), place
     mean = group.mean("best") if group else None
-    so_far = None
-    if mean is None and group:
-        so_far = max((run.accuracy("best") for run in group.runs if run.records), default=None)
-    face, edge, ink = (BEST, BEST, "white") if best else ("white", FAINT, GREY) if quiet else (PALE, BLUE, INK)
-    if mean is None:
-        face, edge, ink = "white", FAINT, GREY
-    box = {
-        "boxstyle": "round,pad=0.32,rounding_size=0.5",
-        "fc": face,
-        "ec": edge,
-        "lw": 1.3,
-        "ls": "-" if mean is not None else (0, (2, 2)),
-    }
-    text = f"{mean:.2f}" if mean is not None else f"({so_far:.2f})" if so_far is not None else "   –   "
-    axes.text(x, y, text, ha="center", va="center", fontsize=10, color=ink, weight="bold" if best else "normal", bbox=box)
-    below = []
-    if group and (deviation := group.deviation("best")) is not None:
-        below.append(f"± {deviation:.2f}")
-    elif mean is None and group:
+    face, edge, ink = look if mean is not None else ("white", FAINT, GREY)
+    text, below = "   –   ", []
+    if mean is not None:
+        text = f"{mean:.2f}"
+        if group and (deviation := group.deviation("best")) is not None:
+            below.append(f"± {deviation:.2f}")
+    elif group:
+        so_far = max((run.accuracy("best") or 0 for run in group.runs if run.records), default=None)
+        text = f"({so_far:.2f})" if so_far is not None else text
         below.append(group.runs[-1].progress)
+    dashes: Any = "-" if mean is not None else (0, (2, 2))
+    box = {"boxstyle": "round,pad=0.32,rounding_size=0.5", "fc": face, "ec": edge, "lw": 1.3, "ls": dashes}
+    weight = "bold" if face == BEST else "normal"
+    axes.text(x, y, text, ha="center", va="center", fontsize=10, color=ink, weight=weight, bbox=box)
     if path in published:
         below.append(f"paper {published[path]:.2f}")
     axes.text(x, y + 0.34, "   ".join(below), ha="center", va="center", fontsize=7, color=PAPER)
@@ -109,99 +110,104 @@ def _node(axes, x, y, study, path, published, best, quiet):
 
 # ------------------------------------------------------------------------------------------------- assistants
 @styled
-def assistants(study, published):
+def assistants(study: Study, published: Published) -> Figure:
     """The student's best accuracy by the number of assistants, and by the size of a single one."""
     figure = Figure(figsize=(11, 4.3))
     left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": (1.25, 1)})
-    best = study.best()
-    done = [path for path in study.ends if study.mean(path) is not None]
-    by_count = {}
-    for path in done:
+    best, means = study.best(), {path: mean for path in study.ends if (mean := study.mean(path)) is not None}
+    by_count: dict[int, list[NetworkPath]] = {}
+    for path in means:
         by_count.setdefault(len(path) - 2, []).append(path)
     for count, members in by_count.items():
-        for i, path in enumerate(sorted(members, key=study.mean)):
-            x = count + 0.12 * (i - (len(members) - 1) / 2)
-            _point(left, x, study, path, BEST if path == best else BLUE, published)
-        means = [study.mean(path) for path in members]
-        left.hlines(sum(means) / len(means), count - 0.3, count + 0.3, color=BLUE, lw=1.5, alpha=0.5)
-    left.set(xlabel="number of assistants", ylabel=f"best test accuracy of {study.student}, %", title="By number of assistants")
+        for i, path in enumerate(sorted(members, key=lambda path: means[path])):
+            _point(left, count + 0.12 * (i - (len(members) - 1) / 2), study, path, published)
+        mean = sum(means[path] for path in members) / len(members)
+        left.hlines(mean, count - 0.3, count + 0.3, color=BLUE, lw=1.5, alpha=0.5)
     counts = range(max((len(path) - 2 for path in study.ends), default=0) + 1)
+    left.set(
+        xlabel="number of assistants",
+        ylabel=f"best test accuracy of {study.student}, %",
+        title="By number of assistants",
+    )
     left.set_xticks(list(counts), [f"{count}" + (" (BLKD)" if count == 0 else "") for count in counts])
     left.set_xlim(-0.6, len(counts) - 0.4)
 
-    singles = {path[1]: path for path in done if len(path) == 3}
-    middle = study.sizes[1:-1]
+    singles, middle = {path[1]: path for path in means if len(path) == 3}, study.sizes[1:-1]
     for x, network in enumerate(middle):
         if network in singles:
-            _point(right, x, study, singles[network], BEST if singles[network] == best else BLUE, published)
+            _point(right, x, study, singles[network], published)
     own = [study.mean((network,)) for network in middle]
     labels = [name if value is None else f"{name}\nalone {value:.2f}" for name, value in zip(middle, own, strict=True)]
     right.set_xticks(range(len(middle)), labels)
-    right.set(
-        xlabel="the assistant, where there is one", title="By size of a single assistant", xlim=(-0.6, max(len(middle) - 0.4, 0.6))
-    )
+    limits = (-0.6, max(len(middle) - 0.4, 0.6))
+    right.set(xlabel="the assistant, where there is one", title="By size of a single assistant", xlim=limits)
+    references = [((study.student,), "alone (NOKD)", GREY), ((study.teacher, study.student), "directly (BLKD)", BLUE)]
+    lines = sorted((mean, name, color) for path, name, color in references if (mean := study.mean(path)) is not None)
     for axes in (left, right):
         axes.grid(axis="x", visible=False)
-        lines = [((study.student,), "alone (NOKD)", GREY), ((study.teacher, study.student), "directly (BLKD)", BLUE)]
-        lines = sorted((study.mean(path), name, color) for path, name, color in lines if study.mean(path) is not None)
         for (value, name, color), side in zip(lines, ("top", "bottom")[-len(lines) :], strict=True):
-            axes.axhline(value, color=color, lw=1.1, ls=(0, (4, 3)), zorder=1)
+            axes.axhline(value, color=color, lw=1.1, ls=DASHED, zorder=1)
             if axes is right:  # apart, however near the two are
-                axes.annotate(name, (1, value), xycoords=("axes fraction", "data"), xytext=(5, 0), textcoords="offset points",
-                              va=side, fontsize=8, color=color, annotation_clip=False)  # fmt: skip
-    shown = [Line2D([], [], marker="o", ls="", color=BLUE, label="a path (mean ± deviation of its seeds)"),
-             Line2D([], [], marker="o", ls="", color=BEST, label=f"best: {study.short(best)}" if best else "best")]  # fmt: skip
+                beside: dict[str, Any] = {
+                    "xycoords": ("axes fraction", "data"),
+                    "textcoords": "offset points",
+                    "xytext": (5, 0),
+                }
+                axes.annotate(name, (1, value), va=side, fontsize=8, color=color, annotation_clip=False, **beside)
+    handles = [Line2D([], [], marker="o", ls="", color=BLUE, label="a path (mean ± deviation of its seeds)")]
+    handles.append(
+        Line2D([], [], marker="o", ls="", color=BEST, label=f"best: {study.short(best)}" if best else "best")
+    )
     if any(len(members) > 1 for members in by_count.values()):
-        shown.append(Line2D([], [], color=BLUE, alpha=0.5, label="mean of these paths"))
-    if any(path in published for path in done):
-        shown.append(Line2D([], [], marker="D", ls="", mfc="none", mec=PAPER, ms=5, label="the paper's number"))
-    figure.legend(handles=shown, loc="lower center", ncols=4, fontsize=8.5)
+        handles.append(Line2D([], [], color=BLUE, alpha=0.5, label="mean of these paths"))
+    if any(path in published for path in means):
+        handles.append(Line2D([], [], marker="D", ls="", mfc="none", mec=PAPER, ms=5, label="the paper's number"))
+    figure.legend(handles=handles, loc="lower center", ncols=4, fontsize=8.5)
     figure.tight_layout(rect=(0, 0.07, 1, 1))
     return figure
 
 
-def _point(axes, x, study, path, color, published):
-    axes.errorbar(
-        x, study.mean(path), yerr=study.cells[path].deviation("best"), fmt="o", ms=7, color=color, capsize=3, lw=1.2, zorder=3
-    )
+def _point(axes: Any, x: float, study: Study, path: NetworkPath, published: Published) -> None:
+    color, spread = BEST if path == study.best() else BLUE, study.cells[path].deviation("best")
+    axes.errorbar(x, study.mean(path), yerr=spread, fmt="o", ms=7, color=color, capsize=3, lw=1.2, zorder=3)
     if path in published:
         axes.plot(x, published[path], "D", mfc="none", mec=PAPER, ms=5, zorder=2)
 
 
 # --------------------------------------------------------------------------------------------- learning curves
 @styled
-def curves(study):
-    """Test accuracy by epoch, a panel a network, a line a path (the mean of its seeds so far), coloured by who taught it."""
-    shown = [network for network in study.sizes if any(path[-1] == network and group.runs for path, group in study.cells.items())]
-    width = min(len(shown), 3)
-    height = -(-len(shown) // width)
+def curves(study: Study) -> Figure:
+    """Test accuracy by epoch: a panel a network, a line a path (mean of its seeds so far), coloured by teacher."""
+    trained = {path[-1] for path, group in study.cells.items() if group.runs}
+    shown = [network for network in study.sizes if network in trained]
+    width, height = min(len(shown), 3), -(-len(shown) // 3)
     figure = Figure(figsize=(3.9 * width, 3.1 * height + 0.5))
-    grid = figure.subplots(height, width, squeeze=False)
+    grid = list(figure.subplots(height, width, squeeze=False).flat)
     color = {network: STEPS[i % len(STEPS)] for i, network in enumerate(study.sizes)}
-    best = study.best()
-    teachers = {}
-    for axes, network in zip(grid.flat, shown, strict=False):
+    best, teachers = study.best(), set()
+    for axes, network in zip(grid, shown, strict=False):
         for path, group in study.cells.items():
             series = [[record["test_accuracy_percent"] for record in run.records] for run in group.runs if run.records]
             if path[-1] != network or not series:
                 continue
             length = min(map(len, series))
             means = [sum(values[epoch] for values in series) / len(series) for epoch in range(length)]
-            alone = len(path) == 1
-            look = {"color": GREY, "ls": (0, (4, 2)), "lw": 1.4} if alone else {"color": color[path[-2]], "lw": 1.4}
+            if len(path) == 1:
+                look: dict[str, Any] = {"color": GREY, "ls": (0, (4, 2)), "lw": 1.4}
+            else:
+                look = {"color": color[path[-2]], "lw": 1.4}
+                teachers.add(path[-2])
             if path == best:
                 look |= {"color": BEST, "lw": 2.4, "zorder": 4}
             axes.plot(range(1, length + 1), means, marker="o" if length < 8 else None, ms=3, **look)
-            if not alone:
-                teachers[path[-2]] = color[path[-2]]
         axes.set(title=network, xlabel="epochs trained", ylabel="test accuracy, %")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in list(grid.flat)[len(shown) :]:
+    for axes in grid[len(shown) :]:
         axes.axis("off")
     handles = [Line2D([], [], color=GREY, ls=(0, (4, 2)), label="alone")]
-    handles += [
-        Line2D([], [], color=teachers[network], label=f"taught by {network}") for network in study.sizes if network in teachers
-    ]
+    for network in study.sizes:
+        if network in teachers:
+            handles.append(Line2D([], [], color=color[network], label=f"taught by {network}"))
     handles += [Line2D([], [], color=BEST, lw=2.4, label=f"best path: {study.short(best)}")] if best else []
     figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 3 if width < 3 else 6), fontsize=8.5)
     figure.tight_layout(rect=(0, 0.22 / height if width < 3 else 0.12 / height, 1, 1))
@@ -209,42 +215,50 @@ def curves(study):
 
 
 # ------------------------------------------------------------------------------------------------- classes
-# From ten classes to a thousand: cells shrink down to what a small letter needs, then the figure stops growing and labels are thinned.
+# From ten classes to a thousand: cells shrink down to what a small letter needs, then the figure stops growing and
+# labels are thinned.
 BLUES = LinearSegmentedColormap.from_list("blues", ("white", PALE, BLUE, STEPS[0]))
 POINTS = 72  # an inch
 
 
-def _cell(count, largest, longest):
+def _cell(count: int, largest: float, longest: float) -> float:
     """Height in inches of each of `count` rows, at most `largest` and all together at most `longest`."""
     return min(largest, longest / count)
 
 
-def _label(axis, places, labels, cell):
+def _label(axis: Any, places: Sequence[int], labels: Sequence[str], cell: float) -> None:
     """Labels as large as the rows allow, at most 9 points, and of rows too thin for 5 points only some."""
     every = math.ceil(5.5 / (cell * POINTS))
     shown = [label if len(label) < 25 else f"{label[:23]}…" for label in labels]
     axis.set_ticks(places[::every], shown[::every], fontsize=min(9, max(5, cell * POINTS * 0.75)))
 
 
+Percents = Sequence[float | None]  # per class, None for a class without images
+
+
 @styled
-def class_accuracy(classes, percents, overall, teacher=None):
-    """A bar a class; more than 20 are sorted, the best first. percents, teacher: per class, None for a class without images."""
+def class_accuracy(
+    classes: Sequence[str], percents: Percents, overall: float, teacher: Percents | None = None
+) -> Figure:
+    """A bar a class; more than 20 are sorted, the best first."""
     order = list(range(len(classes)))
     if len(order) > 20:
         order.sort(key=lambda i: -(percents[i] or 0))
-    cell = _cell(len(order), 0.34, 18)
+    cell, places = _cell(len(order), 0.34, 18), list(range(len(order)))
     figure = Figure(figsize=(8, cell * len(order) + 1.5))
     axes = figure.subplots()
-    places = list(range(len(order)))
-    axes.barh(places, [percents[i] or 0 for i in order], height=0.75 if cell > 0.05 else 1, color=BLUE, label=f"this network, {overall:.2f} % over all")
+    widths, title = [percents[i] or 0 for i in order], f"this network, {overall:.2f} % over all"
+    axes.barh(places, widths, height=0.75 if cell > 0.05 else 1, color=BLUE, label=title)
     if teacher:
-        axes.plot([teacher[i] for i in order], places, "D", ms=min(5, cell * POINTS * 0.4), color=BEST, ls="", label="its teacher")
-    axes.axvline(overall, color=GREY, lw=1.1, ls=(0, (4, 3)))
+        size = min(5, cell * POINTS * 0.4)
+        marks: list[Any] = [teacher[i] for i in order]
+        axes.plot(marks, places, "D", ms=size, color=BEST, ls="", label="its teacher")
+    axes.axvline(overall, color=GREY, lw=1.1, ls=DASHED)
     if cell >= 0.14:
-        for y, i in enumerate(order):
-            inside = (percents[i] or 0) > 10
-            axes.text(1 if inside else 1 + (percents[i] or 0), y, "no image" if percents[i] is None else f"{percents[i]:.1f}", va="center",
-                      fontsize=min(8, cell * POINTS * 0.7), color="white" if inside else GREY)  # fmt: skip
+        for y, (i, width) in enumerate(zip(order, widths, strict=True)):
+            text = "no image" if percents[i] is None else f"{percents[i]:.1f}"
+            x, ink = (1, "white") if width > 10 else (1 + width, GREY)
+            axes.text(x, y, text, va="center", fontsize=min(8, cell * POINTS * 0.7), color=ink)
     _label(axes.yaxis, places, [classes[i] for i in order], cell)
     axes.set(xlim=(0, 102), ylim=(len(order) - 0.4, -0.6), xlabel="right answers, % of the class's test images")
     axes.set_xticks(range(0, 101, 20))
@@ -255,7 +269,7 @@ def class_accuracy(classes, percents, overall, teacher=None):
 
 
 @styled
-def confusion(classes, counts):
+def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure:
     """counts (C, C): images of each class (rows) by the answer (columns), coloured by their share of the class."""
     cell = _cell(len(classes), 0.5, 14)
     side = cell * len(classes)
@@ -266,15 +280,14 @@ def confusion(classes, counts):
     if cell >= 0.3:
         for y, row in enumerate(counts):
             for x, count in enumerate(row):
-                ink = "white" if shares[y][x] > 35 else INK if count else FAINT
-                axes.text(x, y, f"{count}", ha="center", va="center", color=ink, fontsize=min(9, cell * POINTS * 0.3))
-    places = list(range(len(classes)))
+                ink, size = "white" if shares[y][x] > 35 else INK if count else FAINT, min(9, cell * POINTS * 0.3)
+                axes.text(x, y, f"{count}", ha="center", va="center", color=ink, fontsize=size)
     for axis in (axes.xaxis, axes.yaxis):
-        _label(axis, places, classes, cell)
+        _label(axis, list(range(len(classes))), classes, cell)
     axes.tick_params(axis="x", rotation=90)
     axes.set(xlabel="answer", ylabel="class")
     axes.grid(visible=False)
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=30, ticks=(0, 1, 5, 20, 50, 100))
+    bar: Any = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=30, ticks=(0, 1, 5, 20, 50, 100))
     bar.set_label("share of the class's images, %")
     bar.outline.set_visible(False)
     figure.tight_layout()
@@ -282,22 +295,23 @@ def confusion(classes, counts):
 
 
 @styled
-def classification(rows):
+def classification(rows: Sequence[Sequence[Any]]) -> Figure:
     """rows: (name, precision, recall, F1, images), each score in 0..1 or None; classes first, averages last."""
-    cell = _cell(len(rows), 0.34, 18)
+    cell, places = _cell(len(rows), 0.34, 18), list(range(len(rows)))
     figure = Figure(figsize=(6.4, cell * len(rows) + 1.3))
     axes = figure.subplots()
     scores = [[math.nan if value is None else value for value in row[1:4]] for row in rows]
     axes.imshow(scores, cmap=BLUES, vmin=0, vmax=1.15, aspect="auto", interpolation="nearest")
-    places = list(range(len(rows)))
     if cell >= 0.14:
         size = min(9, cell * POINTS * 0.75)
         for y, row in enumerate(rows):
             for x, value in enumerate(row[1:4]):
                 if value is not None:
-                    axes.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=size, color="white" if value > 0.6 else INK)
+                    ink = "white" if value > 0.6 else INK
+                    axes.text(x, y, f"{value:.3f}", ha="center", va="center", fontsize=size, color=ink)
             axes.text(2.6, y, f"{row[4]:,}", va="center", fontsize=size, color=GREY)
-    axes.annotate("images", (2.6, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points", color=GREY)
+    above: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "xytext": (0, 4)}
+    axes.annotate("images", (2.6, 1), color=GREY, **above)
     _label(axes.yaxis, places, [row[0] for row in rows], cell)
     axes.xaxis.set_ticks(range(3), ["precision", "recall", "F1"])
     axes.xaxis.tick_top()

@@ -1,7 +1,8 @@
-"""A study on SLURM: its trainings as sbatch commands that wait for each other. Standard library only.
+"""A study on SLURM: its trainings as sbatch commands that wait for each other.
 
-Nothing of any site is built in. Jobs run slurm/train.sbatch, which saves, requeues and continues at the time limit. What was
-submitted is noted in the study's folder, so that the same command again submits only what is neither finished nor in the queue.
+Nothing of any site is built in. Jobs run slurm/train.sbatch, which saves, requeues and continues at the time limit.
+What was submitted is noted in the study's folder, so that the same command again submits only what is neither finished
+nor in the queue.
 """
 
 import json
@@ -11,14 +12,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from takd import files
-from takd.config.names import UserError
+from takd.errors import UserError
+from takd.study.plan import Training
 
-HERE = Path(__file__).resolve().parents[2]
-SCRIPT = HERE / "slurm" / "train.sbatch"
+SCRIPT = files.ROOT / "slurm" / "train.sbatch"
 
 
 @dataclass
@@ -26,8 +28,8 @@ class Job:
     """One sbatch job: a command of the suite, and the trainings that it makes."""
 
     name: str
-    command: list
-    trainings: list
+    command: list[str]
+    trainings: list[Training]
 
 
 @dataclass(frozen=True)
@@ -41,67 +43,80 @@ class Site:
     cpus: int | None = None
     modules: str | None = None
     venv: str | None = None
-    stage: list | None = None
-    sbatch: list | None = None
+    stage: list[str] | None = None
+    sbatch: list[str] | None = None
 
-    def options(self, trains):
+    def options(self, trains: bool) -> list[str]:
         """For sbatch; a job that does not train gets no GPU."""
         gpus = self.gpu_type if trains else None
         if gpus and not re.search(r":\d+$|^\d+$", gpus):
             gpus += ":1"
-        known = {"account": self.account, "gpus-per-node": gpus, "time": self.time, "mem": self.memory, "cpus-per-task": self.cpus}
+        known = {
+            "account": self.account,
+            "gpus-per-node": gpus,
+            "time": self.time,
+            "mem": self.memory,
+            "cpus-per-task": self.cpus,
+        }
         return [f"--{key}={value}" for key, value in known.items() if value is not None] + (self.sbatch or [])
 
     @property
-    def environment(self):
+    def environment(self) -> dict[str, str]:
         """Variables for slurm/train.sbatch; sbatch hands its environment on to the job."""
         stage = " ".join(map(str, self.stage)) if self.stage else None
         known = {"TAKD_MODULES": self.modules, "TAKD_VENV": self.venv, "TAKD_STAGE": stage}
         if not (self.venv or os.environ.get("TAKD_VENV")):
             known["TAKD_PYTHON"] = os.environ.get("TAKD_PYTHON", sys.executable)
-        return {"TAKD_HOME": str(HERE)} | {key: value for key, value in known.items() if value is not None}
+        return {"TAKD_HOME": str(files.ROOT)} | {key: value for key, value in known.items() if value is not None}
 
 
-def check_present():
+def check_present() -> None:
     for program in ("sbatch", "squeue"):
         if shutil.which(program) is None:
-            raise UserError(
-                f"no {program} on this machine: run --slurm on a login node of the cluster, or add --dry-run to see the commands"
-            )
+            fix = "run --slurm on a login node of the cluster, or add --dry-run to see the commands"
+            raise UserError(f"no {program} on this machine: {fix}")
 
 
-def jobs_of(trainings, pack, study_command):
+def _jobs(trainings: Sequence[Training], pack: int, study_command: list[str]) -> Iterator[Job]:
     """Trainings as jobs, up to `pack` students of one teacher (or networks alone, of one seed) together.
 
     A job of one training is its train.py command; a packed job is the study's own command, restricted to its trainings.
     """
     teachers = {training.teacher for training in trainings}
 
-    def together(one, other):
-        return one.seed == other.seed and one.teacher is other.teacher and (one.teacher or not teachers & {one, other})
+    def together(one: Training, other: Training) -> bool:
+        same = one.seed == other.seed and one.teacher is other.teacher
+        return same and bool(one.teacher or not teachers & {one, other})
 
-    packs = []
+    packs: list[list[Training]] = []
     for training in trainings:
         if packs and len(packs[-1]) < pack and together(packs[-1][0], training):
             packs[-1].append(training)
         else:
             packs.append([training])
     for group in packs:
-        first = group[0]
         if len(group) == 1:
-            yield Job(first.name, ["train.py", *first.arguments], group)
+            yield Job(group[0].name, ["train.py", *group[0].arguments], group)
         else:
-            yield Job(f"{first.name}+{len(group) - 1}", [*study_command, "--only", *(member.name for member in group)], group)
+            only = ["--only", *(member.name for member in group)]
+            yield Job(f"{group[0].name}+{len(group) - 1}", [*study_command, *only], group)
 
 
-def send(trainings, pack, study_command, report_command, queued, submit):
+def send(
+    trainings: Sequence[Training],
+    pack: int,
+    study_command: list[str],
+    report_command: list[str],
+    queued: Mapping[str, str],
+    submit: Callable[[Job, str | None], str],
+) -> None:
     """Hand every training that is neither finished nor queued to `submit(job, dependency) -> job id`, then the report.
 
     `queued`: {training name: job id}.
     """
     ids = dict(queued)
-    for job in jobs_of([t for t in trainings if not t.finished and t.name not in queued], pack, study_command):
-        teachers = [training.teacher for training in job.trainings if training.teacher and not training.teacher.finished]
+    for job in _jobs([t for t in trainings if not t.finished and t.name not in queued], pack, study_command):
+        teachers = [t.teacher for t in job.trainings if t.teacher and not t.teacher.finished]
         after = dict.fromkeys(ids[teacher.name] for teacher in teachers)
         job_id = submit(job, ":".join(["afterok", *after]) if after else None)
         ids |= {training.name: job_id for training in job.trainings}
@@ -109,60 +124,53 @@ def send(trainings, pack, study_command, report_command, queued, submit):
         submit(Job("report", report_command, []), ":".join(["afterany", *dict.fromkeys(ids.values())]))
 
 
-def sbatch(job, site, folder, dependency):
+def _sbatch(job: Job, site: Site, folder: Path, dependency: str | None) -> list[str]:
     """The command that submits a job."""
     waits = [f"--dependency={dependency}"] + ["--kill-on-invalid-dep=yes"] * bool(job.trainings) if dependency else []
-    output = Path(folder) / "logs" / f"{job.name}-%j.log"
-    return [
-        "sbatch",
-        "--parsable",
-        f"--job-name={job.name}",
-        f"--output={output}",
-        *waits,
-        *site.options(bool(job.trainings)),
-        str(SCRIPT),
-        *job.command,
-    ]
+    named = [f"--job-name={job.name}", f"--output={Path(folder) / 'logs' / f'{job.name}-%j.log'}"]
+    return ["sbatch", "--parsable", *named, *waits, *site.options(bool(job.trainings)), str(SCRIPT), *job.command]
 
 
 class Script:
     """Takes submissions as lines of a shell script, the jobs' ids in variables."""
 
-    def __init__(self, site, folder):
+    def __init__(self, site: Site, folder: Path) -> None:
         self.site, self.folder = site, folder
         self.lines = [f"mkdir -p {shlex.quote(str(Path(folder) / 'logs'))}  # where the jobs' output goes"]
         self.lines += [f"export {key}={shlex.quote(value)}" for key, value in site.environment.items()]
 
-    def __call__(self, job, dependency):
-        variable = re.sub(r"\W", "_", job.name)
-        words = [w if w.startswith("--dependency=") else shlex.quote(w) for w in sbatch(job, self.site, self.folder, dependency)]
-        self.lines.append(f"{variable}=$({' '.join(words)})")
+    def __call__(self, job: Job, dependency: str | None) -> str:
+        variable, words = re.sub(r"\W", "_", job.name), _sbatch(job, self.site, self.folder, dependency)
+        quoted = [word if word.startswith("--dependency=") else shlex.quote(word) for word in words]
+        self.lines.append(f"{variable}=$({' '.join(quoted)})")
         return f"${variable}"
 
 
 class Queue:
     """Submits for real, and remembers in the study's folder what it submitted."""
 
-    def __init__(self, site, folder, say):
+    def __init__(self, site: Site, folder: Path, say: Callable[[str], None]) -> None:
         self.site, self.folder, self.say = site, folder, say
         self.file = Path(folder) / "slurm.json"
         self.noted = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
 
-    def waiting(self):
+    def waiting(self) -> dict[str, str]:
         """{training name: job id} of what an earlier call submitted and SLURM still has."""
         present = set(_run(["squeue", "--me", "--noheader", "--format=%i"]).split())
         return {name: job_id for name, job_id in self.noted.items() if job_id in present}
 
-    def __call__(self, job, dependency):
-        command = sbatch(job, self.site, self.folder, dependency)
-        job_id = _run(command, os.environ | self.site.environment).strip().split(";")[0]  # id;cluster where there are several
+    def __call__(self, job: Job, dependency: str | None) -> str:
+        command = _sbatch(job, self.site, self.folder, dependency)
+        job_id = (
+            _run(command, os.environ | self.site.environment).strip().split(";")[0]
+        )  # id;cluster where there are several
         self.noted |= {training.name: job_id for training in job.trainings}
         files.save_json(self.noted, self.file)
         self.say(f"submitted {job.name} as {job_id}" + (f", {dependency}" if dependency else ""))
         return job_id
 
 
-def _run(command, environment=None):
+def _run(command: list[str], environment: Mapping[str, str] | None = None) -> str:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise UserError(f"{command[0]} refused: {done.stderr.strip() or f'exit status {done.returncode}'}")

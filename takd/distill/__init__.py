@@ -1,0 +1,1 @@
+"""Losses, methods, frozen teachers with their tables of logits, and evaluation."""

@@ -1,0 +1,114 @@
+"""Evaluation: the logits of a whole split, their accuracy, and the agreement of two networks. Legend: N images, C
+classes."""
+
+import statistics
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from takd.images.split import Split, Transform, evaluation_batches
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """bf16 arithmetic where precision is "bf16"; weights, optimizer and losses stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 itself; elsewhere it is emulated and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags  # the last is Arm's spelling
+
+
+def input_dtype(precision: str) -> torch.dtype:
+    """What images are normalised to: the first convolution's arithmetic, so that autocast has nothing to convert."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+@torch.inference_mode()
+def predict(
+    network: nn.Module, split: Split, transform: Transform | None = None, precision: str = "fp32", batch_size: int = 500
+) -> torch.Tensor:
+    """float32 (N, C): the logits of a whole split in its order, the network in evaluation mode.
+
+    `transform` is the network's own where it differs from the split's.
+    """
+    network.eval()
+    transform = transform or split.transform
+    # Larger images in smaller batches: a batch's activations grow with its pixels.
+    batch_size = max(1, batch_size * 64**2 // max(64, transform.image_size) ** 2)
+    logits = []
+    for images, _ in evaluation_batches(split, batch_size):
+        with autocast(images.device, precision):
+            logits.append(network(transform(images)).float())
+    return torch.cat(logits)
+
+
+def score(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Accuracy and cross-entropy of logits (N, C) against labels (N,), over all N."""
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return {
+        "images": len(labels),
+        "loss": float(F.cross_entropy(logits, labels)),
+        "accuracy_percent": 100 * float(top[:, 0].double().mean()),
+        "top5_percent": 100 * float(top.any(dim=1).double().mean()),
+    }
+
+
+def agreement(logits: torch.Tensor, teacher_logits: torch.Tensor) -> dict[str, float]:
+    """How near a network is to its teacher on the same images, both float32 (N, C): the share of images to which both
+    give the same class, and KL(teacher || network) of their softmax distributions at temperature 1, in nats, the mean
+    over the images.
+    """
+    same = logits.argmax(1) == teacher_logits.argmax(1)
+    network, teacher = (F.log_softmax(each.double(), dim=1) for each in (logits, teacher_logits))
+    divergence = F.kl_div(network, teacher, reduction="batchmean", log_target=True)
+    return {"agreement_percent": 100 * float(same.double().mean()), "kl_nats": float(divergence)}
+
+
+def chance_percent(labels: torch.Tensor) -> float:
+    """The accuracy of always answering the commonest class, plus four standard errors: below, nothing was learned."""
+    share = float(torch.bincount(labels).max()) / len(labels)
+    return 100 * (share + 4 * (share * (1 - share) / len(labels)) ** 0.5)
+
+
+# ---------------------------------------------------------------------------------------- what a network costs
+def multiply_accumulates(network: nn.Module, image_size: int) -> int:
+    """Of one image's convolutions and matrix products, as papers count: no biases, batch norm, ReLU or pooling."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    image = torch.zeros(1, 3, image_size, image_size, device=next(network.parameters()).device)
+    # With gradients: without them PyTorch's attention is one operation, which the counter does not look into.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        network.eval()(image)
+    return counter.get_total_flops() // 2
+
+
+def latency(network: nn.Module, image_size: int, images: int, least_seconds: float = 0.5) -> float:
+    """Median seconds of one call on a batch of `images` in float32, the images already on the device."""
+    device = next(network.parameters()).device
+    batch = torch.rand(images, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
+    network.eval()
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        network(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    with torch.inference_mode():
+        seconds(), seconds()  # warm-up
+        times: list[float] = []
+        while len(times) < 3 or sum(times) < least_seconds:
+            times.append(seconds())
+    return statistics.median(times)

@@ -1,0 +1,116 @@
+"""Losses as pure functions of tensors, each with its paper and equation; the methods that weight them are in
+methods.py.
+
+Stages of two networks may differ in channels and size. Values are float32 whatever precision the networks run in.
+Legend: B batch, C classes, D length of a vector.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def distillation_kl(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str = "batchmean"
+) -> Tensor:
+    """T^2 KL(teacher || student) of softened distributions: eq. 2 of Mirzadeh et al. 2020, after Hinton et al. 2015.
+
+    student_logits, teacher_logits: (B, C). `batchmean`, the equation's, sums over classes and averages over the batch.
+    `mean` divides by the classes as well, as the released code's `nn.KLDivLoss()` does: C times too small, kept to
+    reproduce its runs.
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    # Not left to PyTorch's reduction="mean": it warns, and is announced to become "batchmean".
+    classes = student.shape[1] if reduction == "mean" else 1
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * (temperature**2 / classes)
+
+
+def decoupled_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> list[Tensor]:
+    """The two parts of distillation_kl in Zhao et al. 2022, eq. 7: [the label's class against all others, among the
+    others].
+
+    Logits (B, C), labels (B,); each part is times T^2 and a mean over the batch. The second is not weighted by 1 - p_t
+    here.
+    """
+    label = F.one_hot(labels, student_logits.shape[1])
+
+    def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
+        log = F.log_softmax(logits.float() / temperature, dim=1)
+        others = log - 1000 * label  # e^-1000 is 0 in float32, and unlike -inf it can be subtracted
+        return torch.stack([(log * label).sum(1), others.logsumexp(1)], dim=1), F.log_softmax(others, dim=1)
+
+    pairs = zip(parts(student_logits), parts(teacher_logits), strict=True)
+    return [F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2 for ours, theirs in pairs]
+
+
+def standardised(logits: Tensor) -> Tensor:
+    """Logits (B, C) minus their mean, over their standard deviation, per image: Sun et al. 2024, algorithm 1."""
+    logits = logits.float()
+    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+
+
+def same_size(*stages: Tensor) -> list[Tensor]:
+    """Stages (B, channels, h, w) in float32, average-pooled to the smallest height and width among them."""
+    size = tuple(min(lengths) for lengths in zip(*(stage.shape[2:] for stage in stages), strict=True))
+    return [
+        F.adaptive_avg_pool2d(stage.float(), size) if stage.shape[2:] != size else stage.float() for stage in stages
+    ]
+
+
+def attention_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """MSE of two stages' attention maps: the mean over channels of A^2, scaled to length 1 (Zagoruyko and Komodakis
+    2017, F_mean^2 and eq. 2). Stages (B, channels, h, w) of any two shapes."""
+    ours, theirs = (F.normalize(stage.square().mean(1).flatten(1)) for stage in same_size(student, teacher))
+    return F.mse_loss(ours, theirs)
+
+
+def flow(first: Tensor, second: Tensor) -> Tensor:
+    """(B, C1, C2): the flow from one stage (B, C1, h, w) to another, F1 F2^T / (h w) (Yim et al. 2017, eq. 1)."""
+    first, second = (stage.flatten(2) for stage in same_size(first, second))
+    return first @ second.transpose(1, 2) / first.shape[2]
+
+
+def similarity_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """MSE of the images' similarities F F^T (B, B), rows scaled to length 1: Tung and Mori 2019, eqs. 2 to 4."""
+    ours, theirs = (stage.float().flatten(1) for stage in (student, teacher))
+    return F.mse_loss(F.normalize(ours @ ours.T), F.normalize(theirs @ theirs.T))
+
+
+def relations(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """Of vectors (B, D), as in Park et al. 2019, eqs. 6 and 9: their distances (B, B) over the mean distance, and the
+    cosines (B, B, B) of the angles between pairs of them at a third: [i, j, k] is the one at i."""
+    vectors = vectors.float() - vectors.float().mean(0)  # centred, so that products keep their digits
+    products = vectors @ vectors.T
+    own = products.diagonal()
+    inner = products - products[:, :, None] - products[:, None, :] + own[:, None, None]  # (v_j - v_i) . (v_k - v_i)
+    squares = inner.diagonal(dim1=1, dim2=2)
+    apart = squares > 1e-6 * (own[:, None] + own)  # else rounding, whose root has no gradient worth having
+    distances = torch.where(apart, squares, 1.0).sqrt()
+    angles = inner / (distances[:, :, None] * distances[:, None, :]) * (apart[:, :, None] & apart[:, None, :])
+    distances = distances * apart
+    mean = distances.sum() / apart.sum().clamp_min(1)
+    return distances / mean.clamp_min(1e-12), angles
+
+
+def probability_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over (B, B) of p_t log(p_t / p_s), p the images' cosine similarities (1 + cos) / 2 with rows that sum to 1:
+    Passalis and Tefas 2018, eqs. 4 to 6. Vectors (B, D), D of each its own."""
+
+    def probabilities(vectors: Tensor) -> Tensor:
+        unit = F.normalize(vectors.float(), eps=1e-7)
+        similarity = (unit @ unit.T + 1) / 2
+        return similarity / similarity.sum(1, keepdim=True)
+
+    ours, theirs = probabilities(student), probabilities(teacher)
+    return (theirs * ((theirs + 1e-7) / (ours + 1e-7)).log()).mean()
+
+
+def contrastive_nce(scores: Tensor, images: int) -> Tensor:
+    """-(log h of the positive pair + sum of log(1 - h) of the K negatives), h = e / (e + K / N), a mean over the batch:
+    Tian et al. 2020, eqs. 17 and 18. scores e: (B, 1 + K), the positive first; `images` is N."""
+    noise = (scores.shape[1] - 1) / images
+    positive, negatives = scores[:, 0], scores[:, 1:]
+    return -(
+        (positive / (positive + noise + 1e-7)).log().sum() + (noise / (negatives + noise + 1e-7)).log().sum()
+    ) / len(scores)

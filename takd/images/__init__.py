@@ -1,0 +1,1 @@
+"""Labelled images: splits, seeded batches, augmentation, and readers of files."""

@@ -1,0 +1,61 @@
+"""The batches of an epoch; those of random augmentation are made by worker processes."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from takd.images import augmentation
+from takd.images.folder import upright_rgb
+from takd.images.split import Batch, EpochPlan, Split
+from takd.process import ignore_stop_signals
+
+
+def batches(split: Split, augment: str, plan: EpochPlan, steps: Sequence[slice], workers: int = 0) -> Iterator[Batch]:
+    """A Batch for each of `steps`, which are rows of the plan.
+
+    Random augmentation runs in `workers` processes, or here if 0; any number of them makes the same pixels.
+    """
+    if augmentation.VIEWS[augment] is not None:
+        for rows in steps:
+            yield Batch(split, augment, plan.order[rows], plan.views[rows])
+        return
+    for rows, images in zip(steps, _random_views(split, plan, steps, workers), strict=True):
+        batch = Batch(split, augment, plan.order[rows], plan.views[rows])
+        batch.images = images.to(split.device)
+        yield batch
+
+
+def usual_workers() -> int:
+    """Worker processes for random augmentation where the user gives no number."""
+    return min(8, len(os.sched_getaffinity(0)))
+
+
+class _RandomViews(torch.utils.data.Dataset):
+    """The pixels of (row, seed): of the original file where there is one, else of the split's own image."""
+
+    def __init__(self, split):
+        self.files, self.images, self.size = split.files, None if split.files else split.images.cpu(), split.image_size
+        augmentation.transforms(self.size)  # imported once, not by every worker of every epoch
+
+    def __getitem__(self, place):
+        row, seed = place
+        if self.images is not None:
+            return augmentation.random_view(self.images[row], seed, self.size)
+        pixels = np.array(upright_rgb(self.files[row])[0]).transpose(2, 0, 1)
+        return augmentation.random_view(torch.as_tensor(pixels), seed, self.size)
+
+
+def _random_views(split, plan, steps, workers):
+    """uint8 (B, 3, H, W) for each step, from torch's DataLoader."""
+    places = list(zip(plan.order.tolist(), plan.views.tolist(), strict=True))
+    loader = torch.utils.data.DataLoader(
+        _RandomViews(split),
+        batch_sampler=[places[rows] for rows in steps],
+        num_workers=workers,
+        worker_init_fn=ignore_stop_signals,
+        multiprocessing_context="fork" if workers else None,
+        generator=torch.Generator(),  # its own: PyTorch's global one goes on as if there were no loader
+    )
+    return iter(loader)

@@ -1,0 +1,213 @@
+"""Class folders, `<folder>/{train,test}/<class>/<image>` as for torchvision's ImageFolder, decoded once into a file."""
+
+import collections
+import concurrent.futures
+import contextlib
+import hashlib
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from takd.config.names import DATASETS
+from takd.errors import UserError
+from takd.files import Say, replacing
+
+CACHE_NAME = "takd-decoded"
+
+
+class ClassFolders(NamedTuple):
+    """{part: (uint8 (N, 3, H, W), int64 (N,))}, class names in order, {part: the images' paths}."""
+
+    arrays: dict[str, tuple[np.ndarray, np.ndarray]]
+    classes: tuple[str, ...]
+    files: dict[str, tuple[str, ...]]
+
+
+def read(name: str, folder: Path, size: int, say: Say) -> ClassFolders:
+    """A data set's images. Those of `--dataset folder` are resized to size x size; others must have that size."""
+    spec, listings = DATASETS[name], _listings(name, folder)
+    for part, expected in {"train": spec.train_images, "test": spec.test_images}.items():
+        count = sum(map(len, listings[part].values()))
+        if expected and count != expected:
+            say(f"warning: {folder / part} holds {count} images, the original {name} {expected}")
+    paths = {part: tuple(file for files in listing.values() for file in files) for part, listing in listings.items()}
+    cache = folder / f"{CACHE_NAME}-{size}-{_signature(folder, listings)}.npy"
+    images = _decoded([path for part in paths.values() for path in part], cache, size, name == "folder", say)
+    arrays, start = {}, 0
+    for part, listing in listings.items():
+        labels = np.repeat(np.arange(len(listing)), [len(files) for files in listing.values()]).astype(np.int64)
+        arrays[part] = images[start : start + len(labels)], labels
+        start += len(labels)
+    return ClassFolders(arrays, tuple(listings["train"]), paths)
+
+
+def folder_digest(folder: str | Path) -> str:
+    """Of the names and sizes of a folder's images: what a run on them is bound to, wherever the folder lies."""
+    return _signature(Path(folder), _listings("folder", Path(folder)), times=False)
+
+
+# ---------------------------------------------------------------------------------------------- what is there
+def _listings(name, folder):
+    """{part: {class: paths}}; in `--dataset folder`, val stands in for an absent test, or selects the epoch."""
+    places = {"train": folder / "train", "test": folder / "test"}
+    if name == "folder" and (folder / "val").is_dir():
+        places["validation" if places["test"].is_dir() else "test"] = folder / "val"
+    listings = {part: _listing(place, name, DATASETS[name].classes) for part, place in places.items()}
+    for part, listing in listings.items():
+        if differ := sorted(set(listings["train"]) ^ set(listing)):
+            raise UserError(f"{folder}: train and {places[part].name} hold different classes ({', '.join(differ[:5])})")
+    return listings
+
+
+def _listing(part, name, classes):
+    """Classes and images sorted by name, images in folders of any depth."""
+    from PIL import Image
+
+    if not part.is_dir():
+        layout = f"<dir>/{name}/{{train,test}}"
+        if name == "folder":
+            layout = "<dir>/{train,test} with --dataset-dir <dir> (test or val)"
+        raise UserError(f"{part} does not exist; class folders are {layout}, and in each <class>/<image>")
+    endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    listing = {}
+    for entry in sorted(os.scandir(part), key=lambda entry: entry.name):
+        if entry.is_dir() and not entry.name.startswith("."):
+            walk = os.walk(entry.path, followlinks=True)
+            inside = [os.path.join(base, file) for base, _, files in walk for file in files if not file.startswith(".")]
+            listing[entry.name] = sorted(path for path in inside if os.path.splitext(path)[1].lower() in endings)
+    if classes and len(listing) != classes:
+        raise UserError(f"{part} holds {len(listing)} class folders, {name} has {classes}")
+    if len(listing) < 2:
+        raise UserError(f"{part} holds {len(listing)} class folders; classification needs two or more")
+    if empty := [label for label, files in listing.items() if not files]:
+        raise UserError(f"{part} has classes without an image: {', '.join(empty[:5])}")
+    return listing
+
+
+def _signature(folder, listings, times=True):
+    """Of names, sizes and times of all files: a changed folder is decoded anew."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for part, listing in listings.items():
+        for label, files in listing.items():
+            for path in files:
+                size, modified = 0, 0
+                with contextlib.suppress(OSError):  # a broken link: the decoder will name it
+                    status = os.stat(path)
+                    size, modified = status.st_size, status.st_mtime_ns
+                entry = f"{part}/{label}/{os.path.relpath(path, folder)} {size} {modified if times else ''}\n"
+                hasher.update(entry.encode())
+    return hasher.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------------- decoding
+def _decoded(paths, cache, size, resize, say):
+    """uint8 (N, 3, size, size), in memory or mapped from the file `cache`, made first if it is absent or damaged."""
+    shape = (len(paths), 3, size, size)
+    needed = int(np.prod(shape))
+    mapped: Any = "c" if needed > 0.5 * _free_memory() else None
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        images = np.load(cache, mapped)
+        if (images.shape, images.dtype) == (shape, np.uint8):
+            return images
+    say(f"decoding {len(paths)} images of {cache.parent} (once; kept in {cache})")
+    try:
+        with replacing(cache) as temporary:
+            images = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+            with open(temporary, "r+b") as file:  # all of its place now: a mapped file on a full disk ends the process
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
+            _decode(paths, images, resize, say)
+            images.flush()
+        for old in cache.parent.glob(f"{CACHE_NAME}-{size}-*.npy"):
+            if old != cache:
+                old.unlink(missing_ok=True)
+        return np.load(cache, mapped)
+    except OSError as error:  # a read-only share, a full disk: the next start decodes again
+        why, free = f"{cache} cannot be written ({error.strerror})", _free_memory()
+        if needed > 0.9 * free:
+            fix = "make room there, or give a smaller --image-size"
+            memory = f"{needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB are free"
+            raise UserError(f"{why}, and the images need {memory}; {fix}") from None
+        say(f"warning: {why}: every start will decode the images")
+    images = np.empty(shape, np.uint8)
+    _decode(paths, images, resize, say)
+    return images
+
+
+def _free_memory():
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def _decode(paths, target, resize, say):
+    """Fill `target` (N, 3, H, W) from files, in threads: Pillow decodes outside Python's lock.
+
+    What had to be converted is counted for the user. Files that cannot be used are one UserError, which names them.
+    """
+    faults, converted, reported = [], collections.defaultdict(list), time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done, (fault, conversions) in enumerate(pool.map(_decode_one, paths, target, [resize] * len(paths))):
+            faults += [fault] if fault else []
+            for conversion in conversions:
+                converted[conversion].append(paths[done])
+            if time.monotonic() - reported > 60:
+                reported = time.monotonic()
+                say(f"decoded {done + 1} of {len(paths)} images")
+    if faults:
+        shown = "; ".join(faults[:3]) + ("; ..." if len(faults) > 3 else "")
+        raise UserError(f"{len(faults)} of {len(paths)} images cannot be used, first {shown}; mend or remove them")
+    for conversion, files in converted.items():
+        say(f"images    {len(files)} {conversion} (first {files[0]})")
+
+
+def _decode_one(path, target, resize):
+    """Fill `target` (3, H, W) from a file. Returns (what is wrong with it, or None; the conversions that it needed)."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    size = target.shape[2], target.shape[1]
+    try:
+        image, conversions = upright_rgb(path)
+        if resize:  # the middle square: the whole of the shorter side
+            image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+        elif image.size != size:
+            return f"{path} ({image.width}x{image.height} pixels, expected {size[0]}x{size[1]})", ()
+        target[:] = np.asarray(image).transpose(2, 0, 1)
+    except UnidentifiedImageError:
+        return f"{path} (not an image)", ()
+    except Exception as error:  # a damaged file makes Pillow raise nearly anything
+        return f"{path} ({(str(error).splitlines() or [type(error).__name__])[0][:80]})", ()
+    return None, conversions
+
+
+def upright_rgb(path: str) -> tuple[Any, Sequence[str]]:
+    """(a file's first picture as PIL has it, RGB and turned as its EXIF says; the conversions that it needed).
+
+    Transparency is put on white. 16-bit grey is scaled to 8 bits, which Pillow's own conversion would clip.
+    """
+    from PIL import Image, ImageOps
+
+    conversions = []
+    with Image.open(path) as file:
+        file.load()
+        image: Any = file
+        if image.getexif().get(0x0112, 1) != 1:  # Orientation
+            image = ImageOps.exif_transpose(image)
+            conversions.append("turned as their EXIF says")
+        if image.mode.startswith("I"):
+            pixels = np.asarray(image)
+            if pixels.min() < 0 or pixels.max() > 65535:
+                raise ValueError("32-bit pixels")
+            image = Image.fromarray((pixels / 257).round().astype(np.uint8))
+            conversions.append("of 16 bits, scaled to 8")
+        elif image.mode == "F":
+            raise ValueError("floating-point pixels")
+        elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            conversions.append("with transparency, put on white")
+        elif image.mode != "RGB":
+            conversions.append(f"of mode {image.mode}, converted to RGB")
+        return image.convert("RGB"), conversions

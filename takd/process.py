@@ -1,0 +1,97 @@
+"""Which process this is in a group of several (torchrun, or --cuda N), and the signals that stop it. Standard library.
+
+torchrun describes each process that it starts by RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT; takd/run/launch.py starts the processes of one machine in the same way.
+"""
+
+import contextlib
+import io
+import os
+import signal
+import time
+from typing import NamedTuple
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is SLURM's warning before a time limit
+
+
+class Place(NamedTuple):
+    """Rank and number of processes, in all and on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def place() -> Place:
+    """This process's place, from the environment; a single process where the environment is incomplete."""
+    try:
+        rank, size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+    except (KeyError, ValueError):
+        return Place()
+    if size < 2 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return Place()
+    return Place(rank, size, local_rank, local_size)
+
+
+@contextlib.contextmanager
+def rank_zero_output():
+    """Discard what all but a machine's first process print, such as a usage error that all of them meet."""
+    with contextlib.ExitStack() as stack:
+        if place().local_rank:
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        yield
+
+
+class Stopped(SystemExit):
+    """A signal asked the process to end: exit status 128 + its number, as a shell gives."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.number = number
+
+
+class StopSignals:
+    """STOP_SIGNALS end the process at a good moment.
+
+    Outside `deferred()` a signal raises Stopped at once. Inside it is only noted in `received`, so that a training step
+    ends and a save is made; a second one raises all the same. What comes within a second of another is the same
+    request: a launcher passes on what its whole group received.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._deferring = False
+        self._last = float("-inf")
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, _frame):
+        before, self._last = self._last, time.monotonic()
+        if self._last - before < 1:
+            return
+        if not self._deferring or self.received is not None:
+            raise Stopped(number)
+        self.received = number
+
+    @contextlib.contextmanager
+    def deferred(self):
+        before, self._deferring = self._deferring, True
+        try:
+            yield
+        finally:
+            self._deferring = before
+
+
+def ignore_stop_signals(_worker: int = 0) -> None:
+    """For worker processes: a signal sent to a whole group is for the run itself, which then ends its workers."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,99 @@
+"""Lines for people: set-up, a row an epoch, progress inside it."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+from takd.config.run_config import RunConfig
+
+_RECORDED_APART = ("loss", "accuracy_percent", "images_per_second", "seconds")  # what has a column of its own
+
+
+class Console:
+    """On a terminal a bar shows the steps of the epoch; elsewhere a plain line a minute does."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stdout
+        self.columns: list[str] = []
+
+    def say(self, line: str) -> None:
+        print(line, file=self.stream, flush=True)
+
+    def row(self, record: dict[str, Any], epochs: int, seconds_left: float) -> None:
+        """An epoch's record as one aligned row, under a heading before the first."""
+        cells = _cells(record, epochs, seconds_left)
+        if self.columns != list(cells):
+            self.columns = list(cells)
+            self.say("  ".join(f"{name:>{_width(name)}}" for name in cells))
+        self.say("  ".join(f"{text:>{_width(name)}}" for name, text in cells.items()))
+
+    @contextlib.contextmanager
+    def progress(self, epoch: int, steps: int, done: int, batch_size: int) -> Iterator[Callable[[], object]]:
+        """A function to call after each step."""
+        if self.stream.isatty():
+            from tqdm import tqdm
+
+            total, initial, title = steps * batch_size, done * batch_size, f"epoch {epoch}"
+            with tqdm(total=total, initial=initial, desc=title, unit=" img", leave=False, file=self.stream) as bar:
+                yield lambda: bar.update(batch_size)
+        else:
+            yield _MinuteLines(self.say, epoch, steps, done)
+
+
+class _MinuteLines:
+    def __init__(self, say: Callable[[str], None], epoch: int, steps: int, done: int) -> None:
+        self.say, self.epoch, self.steps, self.done = say, epoch, steps, done
+        self.next = time.monotonic() + 60
+
+    def __call__(self) -> None:
+        self.done += 1
+        if time.monotonic() > self.next:
+            self.next = time.monotonic() + 60
+            self.say(f"epoch {self.epoch}: step {self.done} of {self.steps}")
+
+
+def setup_lines(config: RunConfig, hardware: str, student: Any) -> Iterator[str]:
+    """What a run begins with: device, student, method and recipe."""
+    yield f"device    {hardware}"
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    yield f"student   {config.student}, {parameters:,} parameters"
+    if config.teacher:
+        options = ", ".join(f"{key} {value}" for key, value in (config.method_options or {}).items())
+        source = f" from {config.teacher}" if config.method != "base" else ", labels only: the teacher is unused"
+        yield f"method    {config.method}{source}{f' ({options})' * bool(options)}"
+    milestones = " ".join(map(str, config.milestones))
+    decay = f" x{config.learning_rate_decay:g} at {milestones}" if milestones else ""
+    yield (
+        f"recipe    {config.recipe}: {config.epochs} epochs of batches of {config.batch_size}, rate "
+        f"{config.learning_rate:g}{decay}, momentum {config.momentum:g}{' (Nesterov)' * config.nesterov}, "
+        f"weight decay {config.weight_decay:g}, augmentation {config.augment}, seed {config.seed}"
+    )
+
+
+def _cells(record: dict[str, Any], epochs: int, seconds_left: float) -> dict[str, str]:
+    parts = [key for key in record if key.startswith("train_") and key.removeprefix("train_") not in _RECORDED_APART]
+    cells = {
+        "epoch": f"{record['epoch']}/{epochs - 1}",
+        "lr": f"{record['learning_rate']:g}",
+        "loss": f"{record['train_loss']:.4f}",
+    }
+    cells |= {key.removeprefix("train_"): f"{record[key]:.4f}" for key in parts}
+    cells |= {"train %": f"{record['train_accuracy_percent']:.2f}"}
+    for split in ("validation", "test"):
+        if f"{split}_accuracy_percent" in record:
+            cells[f"{split} loss"] = f"{record[f'{split}_loss']:.4f}"
+            cells[f"{split} %"] = f"{record[f'{split}_accuracy_percent']:.2f}"
+    return cells | {"img/s": f"{record['train_images_per_second']:.0f}", "left": duration(seconds_left)}
+
+
+def _width(name: str) -> int:
+    return max(len(name), 7)
+
+
+def duration(seconds: float) -> str:
+    """3:07 or 1:02:45."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,88 @@
+"""What a plan will take: time and disk, from earlier runs on this machine or from `train.py --measure`."""
+
+import itertools
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from takd.config import names
+from takd.config.run_config import RunConfig
+from takd.errors import UserError
+from takd.run.run_directory import RunDirectory, processor
+from takd.study.plan import Training
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one network takes on this machine."""
+
+    epoch_seconds: float
+    parameters: int
+
+
+def measured_cost(line: Mapping[str, Any], config: RunConfig) -> Cost:
+    """A line of train.py --measure as a Cost on this data set."""
+    data = names.DATASETS[config.dataset]
+    assert data.train_images and data.test_images
+    training = (config.train_images or data.train_images) / line["train_images_per_second"]
+    return Cost(training + data.test_images / line["evaluation_images_per_second"], line["parameters"])
+
+
+def earlier_costs(folders: Iterable[str | Path], config: RunConfig, device: str) -> dict[str, Cost]:
+    """{network: Cost} from finished runs on the same data set, batch size, machine and kind of device."""
+    found: dict[str, list[Cost]] = {}
+    comparable = {key: config.record().get(key) for key in ("dataset", "batch_size", "image_size", "train_images")}
+    for file in itertools.chain.from_iterable(
+        Path(folder).glob(depth) for folder in folders for depth in ("*/", "*/*/")
+    ):
+        run = RunDirectory(file)
+        try:
+            recorded, summary = run.read(run.config_file), run.read(run.summary_file)
+        except UserError:
+            continue
+        if recorded and summary:
+            environment = recorded["environment"]
+            here = environment["host"] == platform.node() and (environment["device"] == processor()) == (
+                device == "cpu"
+            )
+            if here and all(recorded.get(key) == value for key, value in comparable.items()):
+                found.setdefault(summary["model"], []).append(
+                    Cost(summary["seconds"] / summary["epochs"], summary["parameters"])
+                )
+    return {
+        network: Cost(sum(cost.epoch_seconds for cost in costs) / len(costs), costs[0].parameters)
+        for network, costs in found.items()
+    }
+
+
+def estimate(
+    trainings: Sequence[Training], configs: Mapping[Training, RunConfig], costs: Mapping[str, Cost], jobs: int
+) -> tuple[dict[Training, float], float, float]:
+    """(seconds of each training, seconds of all that is left with `jobs` at once, bytes on disk at the end).
+
+    A teacher computes each image's logits once a view and seed, whichever student needs them first: a third of its
+    training step.
+    """
+    seconds: dict[Training, float] = {}
+    disk = 0.0
+    for training in trainings:
+        cost = costs[training.path[-1]]
+        seconds[training] = configs[training].epochs * cost.epoch_seconds
+        disk += 2 * 8 * cost.parameters  # best and last, each weights and momentum in float32
+    for teacher in {training.teacher for training in trainings if training.teacher}:
+        student = next(training for training in trainings if training.teacher is teacher)
+        config, views = configs[student], names.VIEWS[configs[student].augment]
+        data = names.DATASETS[config.dataset]
+        assert data.train_images and data.classes
+        seconds[student] += min(config.epochs, views or config.epochs) * costs[teacher.path[-1]].epoch_seconds / 3
+        if views:  # those that an image will have had are kept
+            disk += 2 * data.train_images * data.classes * views * (1 - (1 - 1 / views) ** config.epochs)
+    longest: dict[Training | None, float] = {None: 0}
+    for training in trainings:
+        longest[training] = (0 if training.finished else seconds[training]) + longest.get(training.teacher, 0)
+    left = [training for training in trainings if not training.finished]
+    total = sum(seconds[training] for training in left)
+    chain = max((longest[training] for training in left), default=0) if jobs > 1 else 0
+    return seconds, max(total / jobs, chain), disk
