@@ -6,7 +6,7 @@
 # --shm-size: through it the processes that make --augment rotate-crop-flip hand over their images.
 FROM python:3.12-slim
 
-# A C compiler for kernels.c, which a run on a CPU compiles when it starts.
+# A C compiler for takd/cpu/kernels.c, which a run on a CPU compiles when it starts.
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /takd

@@ -1,11 +1,19 @@
-"""What the tests share: the commands, as processes and as calls, a trained teacher, and tiny data. One thread, no tuner, CPU."""
+"""What the tests share: the commands, as processes and as calls, a trained teacher, and tiny data. One thread, no
+tuner, CPU.
+
+`from conftest import read_json, read_lines, same_weights, wait_until, softmax` has the helpers that are plain
+functions.
+"""
 
 import contextlib
+import functools
 import io
+import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +22,13 @@ import pytest
 import torch
 from PIL import Image
 
+import distill_paths
+import evaluate
+import report
 import train
-from takd.config import names
+from takd.config import flags, names, run_config
+from takd.distill import evaluation
+from takd.run import checkpoint
 
 ROOT = Path(train.__file__).resolve().parent
 # No experiment around the tests, and one thread in here and in the commands: bits depend on the number of threads.
@@ -23,6 +36,64 @@ for name in [name for name in os.environ if name.startswith("NNI_")]:
     del os.environ[name]
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def read_json(file):
+    return json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def read_lines(file):
+    """The objects of a JSON-lines file, such as a run's metrics.jsonl."""
+    return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+
+
+def last_weights(run):
+    """The state dict in a run's last.pth.tar."""
+    return checkpoint.read(Path(run) / "last.pth.tar")["model_state_dict"]
+
+
+def same_weights(state, other):
+    return state.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in state.items())
+
+
+def listing(folder):
+    """Every file below a folder with its time of change: what has been written."""
+    return {path: path.stat().st_mtime_ns for path in sorted(Path(folder).rglob("*"))}
+
+
+def parse_command(script, argv):
+    """Parse a command line of the suite as the command itself does; SystemExit with a usage error where it is wrong."""
+    argv = [str(word) for word in argv]
+    if script == "train.py":
+        run_config.parse(argv, elsewhere=True)
+    elif script == "distill_paths.py":
+        distill_paths.read_arguments(argv)
+    else:
+        parsers = {"evaluate.py": evaluate.build_parser, "report.py": report.build_parser}
+        parsers["data_loader.py"] = lambda: flags.download_parser("")
+        parsers[script]().parse_args(argv)
+
+
+def shorten_latency(patch):
+    """Let evaluate.py measure the time of three calls instead of half a second of them."""
+    patch.setattr(evaluation, "latency", functools.partial(evaluation.latency, least_seconds=0))
+
+
+def wait_until(condition, process=None, seconds=300):
+    """Wait for something that another process does; fail where that process ends before, or where it takes too long."""
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        if process is not None and process.poll() is not None:
+            pytest.fail(f"ended before its time: {process.communicate()}")
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return result
+
+
+def softmax(logits):
+    """Of float64 arrays (B, C), in numpy."""
+    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
 
 
 class Outcome(NamedTuple):
@@ -35,14 +106,22 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="session")
 def start_command():
-    """start_command("train.py", ...) starts the real script and returns its Popen; cwd and further environment by keyword."""
+    """start_command("train.py", ...) starts the real script and returns its Popen; cwd and environment by keyword.
+
+    After "-c" and "-m" the arguments are Python's.
+    """
     started = []
 
     def start(script, *argv, cwd=None, **environment):
-        command = [sys.executable, str(ROOT / script), *map(str, argv)]
+        command = [sys.executable, script if script.startswith("-") else str(ROOT / script), *map(str, argv)]
         started.append(
             subprocess.Popen(
-                command, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | environment
+                command,
+                cwd=cwd,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=os.environ | environment,
             )
         )
         return started[-1]
@@ -65,9 +144,29 @@ def run_command(start_command):
     return run
 
 
+LAUNCH = """
+import sys
+from takd.run import launch
+say = lambda line: print(line, file=sys.stderr)
+sys.exit(launch.launch(int(sys.argv[1]), [sys.executable, *sys.argv[2:]], say))
+"""
+
+
+@pytest.fixture(scope="session")
+def start_group(start_command):
+    """start_group(2, "train.py", ...) starts what --cuda 2 does, on the CPU: so many processes of Python's
+    arguments."""
+
+    def start(processes, *argv):
+        return start_command("-c", LAUNCH, processes, *argv, cwd=ROOT)
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def call():
-    """call(train, ...) runs a command's main() in this process: the same code without the seconds that importing torch takes."""
+    """call(train, ...) runs a command's main() in this process: the same code without the seconds that importing torch
+    takes."""
 
     def run(command, *argv):
         out, err, status = io.StringIO(), io.StringIO(), 0
@@ -79,6 +178,15 @@ def call():
         return Outcome(status, out.getvalue(), err.getvalue())
 
     return run
+
+
+@pytest.fixture(scope="session")
+def nothing_heavy(tmp_path_factory):
+    """An environment in which importing anything that takes long ends the process."""
+    folder = tmp_path_factory.mktemp("nothing-heavy")
+    for module in "torch torchvision numpy PIL sklearn scipy matplotlib nni tensorboard tqdm".split():
+        (folder / f"{module}.py").write_text("raise SystemExit(f'{__name__} was imported')")
+    return {"PYTHONPATH": str(folder)}
 
 
 @pytest.fixture(scope="session")
@@ -102,6 +210,42 @@ def teacher_file(teacher_run, tmp_path):
     return Path(shutil.copy(teacher_run / "plane2_seed1_best.pth.tar", tmp_path / "teacher.pth.tar"))
 
 
+@pytest.fixture
+def write_run(teacher_run, tmp_path):
+    """write_run(path, seed, accuracies) makes a run's folder with such records, after those of a real run."""
+    config, summary = read_json(teacher_run / "config.json"), read_json(teacher_run / "summary.json")
+    line = read_lines(teacher_run / "metrics.jsonl")[0]
+
+    def write(path, seed, accuracies, finished=True, folder="runs", **settings):
+        run = tmp_path / folder / "-".join((*path, f"seed{seed}", *map(str, settings.values())))
+        run.mkdir(parents=True)
+        own = {"student": path[-1], "path": path, "seed": seed, "epochs": 2, "argv": [str(run)]}
+        if len(path) > 1:
+            own |= {"teacher": path[-2], "method": "kd", "method_options": {"temperature": 4.0, "lambda": 0.5}}
+        (run / "config.json").write_text(json.dumps(config | own | settings))
+        lines = [line | {"epoch": i, "test_accuracy_percent": accuracy} for i, accuracy in enumerate(accuracies)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+        if finished:
+            (run / "summary.json").write_text(json.dumps(summary | {"model": path[-1], "path": path}))
+        return run
+
+    return write
+
+
+@pytest.fixture
+def three_seeds(write_run, tmp_path):
+    """A study of three sizes and three seeds; 4 > 2 is better than direct distillation by .9, 1.0 and 1.1 points."""
+    direct = {1: 42.0, 2: 43.0, 3: 42.5}
+    for seed, accuracy in direct.items():
+        write_run(("plane10",), seed, (50, 56 + seed))
+        write_run(("plane4",), seed, (40, 48))
+        write_run(("plane2",), seed, (30, accuracy - 2 * seed))
+        write_run(("plane10", "plane4"), seed, (45, 51))
+        write_run(("plane10", "plane2"), seed, (accuracy, accuracy - 1))
+        write_run(("plane10", "plane4", "plane2"), seed, (30, accuracy + 0.8 + 0.1 * seed))
+    return tmp_path / "runs"
+
+
 @pytest.fixture(scope="session")
 def class_folders():
     """class_folders(root) draws a tiny cifar10 as class folders: random pixels, in several modes and formats."""
@@ -117,6 +261,21 @@ def class_folders():
         return Path(root)
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """Class folders of photographs of three colours in several sizes, 12 to train and 6 to validate of each.
+    Read-only."""
+    folder = tmp_path_factory.mktemp("photographs") / "three"
+    random = np.random.default_rng(0)
+    for part, count in (("train", 12), ("val", 6)):
+        for name, colour in {"blue": (40, 60, 220), "green": (40, 200, 60), "red": (220, 50, 40)}.items():
+            (folder / part / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = (random.integers(-40, 40, (40 + i, 64 - i, 3)) + colour).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f"{i:02}.jpg", quality=95)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,41 +1,28 @@
-"""docs/coming_from.md: every command in its right-hand column, its arguments as they stand, and shrunk so far that it runs here."""
+"""docs/coming_from.md: each command of its right-hand column, parsed as it stands, and run at a small scale."""
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, parse_command, shorten_latency
 
 import distill_paths
 import evaluate
 import report
 import train
-from takd.config import flags as arguments
-from takd.config import run_config as settings
 from takd.run import checkpoint
-from takd.study import cost
 
-ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = {"train": train, "evaluate": evaluate, "report": report, "distill_paths": distill_paths}
-# What a training is shrunk to, and the flags with a value that give way to it. Two networks stand for all: the large and the others.
-TINY = (
-    "--dataset",
-    "digits",
-    "--epochs",
-    "1",
-    "--batch-size",
-    "32",
-    "--learning-rate",
-    "0.01",
-    "--cuda",
-    "0",
-    "--precision",
-    "fp32",
+COMMANDS = {"train.py": train, "evaluate.py": evaluate, "report.py": report, "distill_paths.py": distill_paths}
+# The settings of every training here, and the flags of the document that they replace.
+TINY = "--dataset digits --epochs 1 --batch-size 32 --learning-rate 0.01 --cuda 0 --precision fp32".split()
+REPLACED = (*TINY[::2], "--dataset-dir", "--image-size")
+# Two networks stand for all: one for the large, one for the others.
+LARGE, OTHERS = (
+    r"torchvision[:-]resnet50|resnet50|resnet110|Plane10",
+    r"torchvision[:-]resnet\d+|resnet\d+|Plane\d+|cnn5",
 )
-GIVE_WAY = (*TINY[::2], "--dataset-dir", "--image-size")
-LARGE, OTHERS = r"torchvision[:-]resnet50|resnet50|resnet110|Plane10", r"torchvision[:-]resnet\d+|resnet\d+|Plane\d+|cnn5"
 
 
 def commands():
@@ -50,20 +37,21 @@ def commands():
 
 
 def shrunk(script, argv):
-    """The same command for this machine: of a training what TINY says, of a study its plan, of the rest everything."""
-    if script == "distill_paths":
+    """The same command at a small scale: a training with TINY, a study as its dry run, the others as they are."""
+    if script == "distill_paths.py":
         return [*argv, "--dry-run"]
     argv = [re.sub(OTHERS, "plane2", re.sub(LARGE, "plane4", word)) for word in argv]
     argv = [found for word in argv for found in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
-    if script == "train":
-        kept = [word for i, word in enumerate(argv) if word not in GIVE_WAY and (i == 0 or argv[i - 1] not in GIVE_WAY)]
+    if script == "train.py":
+        before = ["", *argv]
+        kept = [word for word, flag in zip(argv, before, strict=False) if not {word, flag} & set(REPLACED)]
         return [*(word for word in kept if word != "--pretrained"), *TINY]
-    return [*argv, *(("--cuda", "0") if script == "evaluate" else ())]
+    return [*argv, *(("--cuda", "0") if script == "evaluate.py" else ())]
 
 
 @pytest.fixture
-def there(tmp_path, monkeypatch):
-    """A folder with what the table takes for granted: a file of arguments."""
+def folder(tmp_path, monkeypatch):
+    """The current folder, with the file of arguments that the table names."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "commandline_args.txt").write_text("# as there\n--student plane2 --dataset digits\n--epochs 1\n")
     return tmp_path
@@ -74,33 +62,25 @@ def test_the_table_is_read():
 
 
 @pytest.mark.parametrize("project", commands())
-def test_arguments_as_they_stand(project, there, monkeypatch):
+def test_arguments_as_they_stand(project, folder):
     for command in commands()[project]:
         _, script, *argv = shlex.split(command)
-        if script == "train.py":
-            for method in ("base", "logit", "st", "at_st", "fsp") if "--method at" in command else [None]:
-                given, origins, _ = settings.given_settings([*argv, *(["--method", method] if method else [])], elsewhere=True)
-                settings.resolve(given, origins)
-        elif script == "distill_paths.py":
-            distill_paths.build_parser().parse_known_args(argv)
-        elif script == "data_loader.py":
-            monkeypatch.setattr(sys, "argv", [script, *argv])
-            assert arguments.download("").download == ["cifar10", "cifar100"]
-        else:
-            COMMANDS[script.removesuffix(".py")].build_parser().parse_args(argv)
+        parse_command(script, argv)
+        if "--method at" in command:  # the table names these as alternatives
+            for method in ("base", "logit", "st", "at_st", "fsp"):
+                parse_command(script, [*argv, "--method", method])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("project", commands())
-def test_each_runs_in_the_order_of_the_table(project, there, call, monkeypatch):
-    monkeypatch.setattr(cost, "LEAST_SECONDS", 0)
+def test_each_command_runs_in_the_order_of_the_table(project, folder, call, monkeypatch):
+    shorten_latency(monkeypatch)
     for command in commands()[project]:
         _, script, *argv = shlex.split(command)
-        script = script.removesuffix(".py")
-        if script == "data_loader":
-            continue  # it fetches: tests/test_data.py has its own
+        if script == "data_loader.py":
+            continue  # it downloads
         argv = shrunk(script, argv)
-        for file in (Path(word) for word in argv if "XXXX" in word):  # as the released code would have left it
+        for file in (Path(word) for word in argv if "XXXX" in word):  # a checkpoint of the released code
             contents = checkpoint.read(next(Path("runs").rglob("plane4_seed1_best.pth.tar")))
             torch.save({key: contents[key] for key in ("model_state_dict", "optimizer_state_dict", "epoch")}, file)
         outcome = call(COMMANDS[script], *argv)

@@ -1,7 +1,7 @@
 """config.yml and search_space.json as shipped, run by a real `nnictl create` with two trials at once.
 
-Only what a machine without a GPU cannot do is changed: the networks and the data set are small, there are fewer and shorter
-trials, no GPU is asked for, and everything that NNI and the trials write goes into the test's folder.
+Only what a machine without a GPU cannot do is changed: the networks and the data set are small, there are fewer and
+shorter trials, no GPU is requested, and everything that NNI and the trials write goes into the test's folder.
 """
 
 import importlib.util
@@ -20,10 +20,10 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, read_json, read_lines, wait_until
 
-import train
+from takd.config import flags
 
-ROOT = Path(train.__file__).resolve().parent
 BIN = Path(sys.executable).parent
 TRIALS, EPOCHS = 6, 2
 SMALLER = {"--epochs": str(EPOCHS), "--teacher": "plane4", "--student": "plane2", "--cuda": "0", "--dataset": "digits"}
@@ -75,22 +75,19 @@ class Experiment:
         command = [str(BIN / "nnictl"), *map(str, words)]
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120)
 
-    def ask(self, what):
+    def get(self, what):
+        """The manager's REST interface."""
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"http://127.0.0.1:{self.port}/api/v1/nni/{what}", timeout=20) as answer:
             return json.load(answer)
 
-    def wait(self, limit_seconds=900):
-        """Until all trials are done and their metrics, which NNI reads from files, have come through."""
-        deadline = time.monotonic() + limit_seconds
-        while time.monotonic() < deadline:
-            status = self.ask("check-status")
-            assert not status["errors"], status
-            finals = sum(metric["type"] == "FINAL" for metric in self.ask("metric-data"))
-            if status["status"] == "DONE" and finals >= TRIALS:
-                return
-            time.sleep(1)
-        pytest.fail(f"not done after {limit_seconds} s: {self.ask('trial-jobs')}")
+    def done(self):
+        """Whether all trials are done and their metrics, which NNI reads from files, are there (after a second)."""
+        time.sleep(1)
+        status = self.get("check-status")
+        assert not status["errors"], status
+        finals = sum(metric["type"] == "FINAL" for metric in self.get("metric-data"))
+        return status["status"] == "DONE" and finals >= TRIALS
 
     def processes(self):
         """What runs with the experiment's home, and so was started by it."""
@@ -120,7 +117,7 @@ def experiment(tmp_path_factory):
     made = Experiment.__new__(Experiment)
     try:
         made.__init__(config, folder)
-        made.wait()
+        wait_until(made.done, seconds=900)
         yield made
     finally:
         made.kill()
@@ -128,21 +125,22 @@ def experiment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def proposals(experiment):
-    """{trial id: (parameter id, parameters)}: what the tuner proposed to whom, from NNI's database."""
+    """{trial id: (parameter id, parameters)}: what the tuner proposed to which trial, from NNI's database."""
     rows = experiment.database("select trialJobId, data from TrialJobEvent where event = 'WAITING'")
-    return {trial: (proposal["parameter_id"], proposal["parameters"]) for trial, data in rows for proposal in [json.loads(data)]}
+    parsed = {trial: json.loads(data) for trial, data in rows}
+    return {trial: (proposal["parameter_id"], proposal["parameters"]) for trial, proposal in parsed.items()}
 
 
 def record(experiment, trial, name="config.json"):
-    return json.loads((experiment.folder.parents[1] / "runs" / trial / name).read_text())
+    return read_json(experiment.folder.parents[1] / "runs" / trial / name)
 
 
 def test_every_trial_succeeds_with_parameters_of_the_shipped_space(experiment, proposals):
-    jobs = experiment.ask("trial-jobs")
+    jobs = experiment.get("trial-jobs")
     assert [job["status"] for job in jobs] == ["SUCCEEDED"] * TRIALS
     assert {job["trialJobId"] for job in jobs} == set(proposals)
     assert len({number for number, _ in proposals.values()}) == TRIALS
-    space = json.loads((ROOT / "search_space.json").read_text())
+    space = read_json(ROOT / "search_space.json")
     for _, parameters in proposals.values():
         assert parameters.keys() == space.keys()
         assert parameters["T_student"] in space["T_student"]["_value"]
@@ -164,42 +162,42 @@ def test_every_trial_records_the_parameters_that_it_used(experiment, proposals):
         assert Path(summary["checkpoint"]).is_file()
 
 
-def test_the_tuner_gets_each_final_metric_for_the_parameters_that_made_it(experiment, proposals):
+def test_the_tuner_gets_each_final_metric_for_the_parameters_that_led_to_it(experiment, proposals):
     """By the parameter id in the message that NNI's manager sends to the tuner, as its debug log has it."""
-    told = {}
+    sent = {}
     for line in (experiment.folder / "log" / "nnimanager.log").read_text().splitlines():
         if message := re.search(r"WebSocketChannel\) Sending ME(\{.*\})", line):
             metric = json.loads(message[1])
             if metric["type"] == "FINAL":
-                told[metric["parameter_id"]] = (metric["trial_job_id"], json.loads(metric["value"]))
+                sent[metric["parameter_id"]] = (metric["trial_job_id"], json.loads(metric["value"]))
     proposed = dict(proposals.values())  # by parameter id
-    earned = {}
-    for number, (trial, accuracy_percent) in told.items():
+    results = {}
+    for number, (trial, accuracy_percent) in sent.items():
         config = record(experiment, trial)
         used = {"T_student": config["temperature"], "lambda_student": config["lambda"], "seed": config["seed"]}
         assert used == proposed[number]
         assert accuracy_percent == record(experiment, trial, "summary.json")["best"]["accuracy_percent"]
-        earned[trial] = accuracy_percent
-    assert earned.keys() == proposals.keys()
-    assert len(set(earned.values())) > 1  # else any mix-up would pass
+        results[trial] = accuracy_percent
+    assert results.keys() == proposals.keys()
+    assert len(set(results.values())) > 1  # else any mix-up would pass
 
 
 def test_every_epoch_of_the_student_and_none_of_the_teacher_is_reported(experiment, proposals):
-    rows = experiment.database("select trialJobId, parameterId, sequence, data from MetricData where type = 'PERIODICAL'")
+    columns = "trialJobId, parameterId, sequence, data"
+    rows = experiment.database(f"select {columns} from MetricData where type = 'PERIODICAL'")
     reported = {(trial, int(number), sequence): float(json.loads(data)) for trial, number, sequence, data in rows}
     expected = {}
     for trial, (number, _) in proposals.items():
-        lines = (experiment.folder.parents[1] / "runs" / trial / "metrics.jsonl").read_text().splitlines()
+        lines = read_lines(experiment.folder.parents[1] / "runs" / trial / "metrics.jsonl")
         assert len(lines) == EPOCHS
-        for epoch, line in enumerate(lines):
-            expected[trial, number, epoch] = json.loads(line)["test_accuracy_percent"]
+        expected |= {(trial, number, epoch): line["test_accuracy_percent"] for epoch, line in enumerate(lines)}
     assert reported == expected
 
 
 def test_all_trials_learn_from_one_teacher(experiment, proposals):
     teacher = record(experiment, "teacher", "summary.json")
     assert teacher["path"] == ["plane4"]
-    assert teacher["seed"] == train.DEFAULT_SEED
+    assert teacher["seed"] == flags.DEFAULT_SEED
     assert len({record(experiment, trial)["teacher_weights"] for trial in proposals}) == 1
     assert {record(experiment, trial)["teacher_checkpoint"] for trial in proposals} == {teacher["checkpoint"]}
     runs = experiment.folder.parents[1] / "runs"
@@ -210,22 +208,23 @@ def test_the_ranking_of_the_docs_is_by_what_the_trials_recorded(experiment, prop
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "nni.md").read_text(), re.DOTALL)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / f"nni-{experiment.id}").symlink_to(experiment.folder.parents[1] / "runs")
-    printed = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    best = {trial: record(experiment, trial, "summary.json")["best"]["accuracy_percent"] for trial in proposals}
-    lines = printed.splitlines()
-    assert [line.split(" %")[0] for line in lines] == [f"{percent:.2f}" for percent in sorted(best.values(), reverse=True)]
+    command = [sys.executable, "-c", snippet]
+    lines = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
+    best = sorted(record(experiment, trial, "summary.json")["best"]["accuracy_percent"] for trial in proposals)
+    assert [line.split(" %")[0] for line in lines] == [f"{percent:.2f}" for percent in reversed(best)]
     for line in lines:
         trial = Path(line.split()[-1]).name
         _, parameters = proposals[trial]
         values = re.search(r"T (\S+) +lambda (\S+) +seed (\S+)", line).groups()
-        assert values == (f"{parameters['T_student']:g}", f"{parameters['lambda_student']:.2g}", str(parameters["seed"]))
+        assert values == (
+            f"{parameters['T_student']:g}",
+            f"{parameters['lambda_student']:.2g}",
+            str(parameters["seed"]),
+        )
 
 
 def test_stopping_leaves_no_process(experiment):
     assert experiment.processes()
     stopped = experiment.nnictl("stop", experiment.id)
     assert stopped.returncode == 0, stopped.stdout + stopped.stderr
-    deadline = time.monotonic() + 60
-    while experiment.processes() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert not experiment.processes()
+    wait_until(lambda: not experiment.processes(), seconds=60)

@@ -4,9 +4,9 @@
   python3 tests/golden/golden.py             compare this machine's losses with losses.json
   python3 tests/golden/golden.py --write     replace losses.json; a decision, to be explained in the commit
 
-Each case is 20 steps of the real train.py on 640 digits, and the accuracy after them: one thread, float32, PyTorch's own
-operations. On the machine that wrote the file losses are equal bit for bit; elsewhere rounding grows from step to step, and
-the first five are equal to 1e-4. The teachers beside this file were trained once and are part of the fixture.
+Each case is 20 steps of the real train.py on 640 digits, and the accuracy after them: one thread, float32, PyTorch's
+own operations. On the machine that wrote the file losses are equal bit for bit; elsewhere rounding grows from step to
+step, and the first five are equal to 1e-4. The teachers beside this file were trained once and are part of the fixture.
 """
 
 import argparse
@@ -25,18 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 import train
-from takd.cpu import kernels
-from takd.distill import methods as losses
-from takd.distill import teacher
+from takd.distill import methods
 from takd.run import engine
 
 HERE = Path(__file__).resolve().parent
 FILE = HERE / "losses.json"
 FAMILIES = {"plane": "plane2", "resnet": "resnet8"}
-CASES = [f"{network}, {method}" for network in FAMILIES.values() for method in ("alone", *losses.METHODS)]
-COMMON = "--dataset digits --train-images 640 --batch-size 32 --epochs 1 --learning-rate 0.001 --cuda 0 --precision fp32".split()
+CASES = [f"{network}, {method}" for network in FAMILIES.values() for method in ("alone", *methods.METHODS)]
+COMMON = "--dataset digits --train-images 640 --batch-size 32 --epochs 1 --learning-rate 0.001 --cuda 0".split()
+COMMON += ["--precision", "fp32"]
 
-# Weights so small that rounding stays rounding for five steps; the methods' own are large, and made for rates that fall.
+# Weights so small that rounding stays rounding for five steps; the methods' own are large, and made for rates that
+# fall.
 OPTIONS = {
     "at": ["beta=100"],
     "at_st": ["beta=30"],
@@ -59,7 +59,7 @@ def plain_pytorch():
     """PyTorch's own operations, in the student and in the teacher, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with kernels.switched_off(), mock.patch.object(teacher, "_pack", lambda module, dtype: None):
+    with mock.patch.object(train, "cpu_annex", lambda config: None):
         yield
     torch.set_num_threads(threads)
 
@@ -78,10 +78,17 @@ def measure(case, folder):
         rows.extend(sums.rows)
         return summarise(sums)
 
-    with plain_pytorch(), mock.patch.object(engine.EpochSums, "summary", noting), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        plain_pytorch(),
+        mock.patch.object(engine.EpochSums, "summary", noting),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         train.main(command)
     summary = json.loads((Path(folder) / "summary.json").read_text())
-    return {"losses": [float(row[0]) for row in rows], "test_accuracy_percent": summary["last"]["test_accuracy_percent"]}
+    return {
+        "losses": [float(row[0]) for row in rows],
+        "test_accuracy_percent": summary["last"]["test_accuracy_percent"],
+    }
 
 
 def differences(case, found, expected, same_machine):

@@ -1,0 +1,18 @@
+"""The Dockerfile: no engine builds it here, but its files exist and its steps are those that `make` takes."""
+
+import json
+
+from conftest import ROOT
+
+
+def test_the_dockerfile_copies_what_exists_and_installs_what_make_installs():
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    steps = [line.split(None, 1) for line in lines if line[:1].isalpha()]
+    copied = [word for step, rest in steps if step == "COPY" for word in rest.split()[:-1]]
+    assert all((ROOT / word).exists() for word in copied) and "." in copied
+    installs = [rest for step, rest in steps if step == "RUN" and "pip install" in rest]
+    assert len(installs) == 1 and installs[0].endswith("-r requirements.txt") and "requirements.txt" in copied
+    assert steps[0][0] == "FROM" and json.loads(dict(steps)["ENTRYPOINT"]) == ["python3"]
+    assert (ROOT / json.loads(dict(steps)["CMD"])[0]).is_file()
+    ignored = {line.split("#")[0].strip() for line in (ROOT / ".dockerignore").read_text().splitlines()}
+    assert {".git", ".venv", "runs"} <= ignored and not {"*.py", "*.c", "takd", "takd/cpu"} & ignored
