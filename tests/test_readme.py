@@ -1,77 +1,132 @@
-"""What the README and the documents say can be typed is typed, in a copy of the tracked files, where no data set must be fetched."""
+"""README.md and docs: their commands are parsed by the commands themselves or run, and the files they name exist."""
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT, parse_command
 
-ROOT = Path(__file__).resolve().parents[1]
+import report
+
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = "train|evaluate|distill_paths|report|data_loader"
+# A line that runs a command of the suite, also through torchrun, sbatch or docker, after settings of the environment.
+COMMAND = re.compile(rf"(?:\w+=\S+ )*(?:python3?|torchrun|sbatch|docker run)\b.*?\b((?:{SCRIPTS})\.py)\b(.*)")
+
+
+def blocks(text):
+    """The lines of indented and fenced blocks, continuation lines joined."""
+    fenced = False
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.lstrip().startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            yield line.strip()
 
 
 def commands(text):
-    """The lines of indented or fenced blocks that start a command of this suite, continuation lines joined."""
-    return re.findall(r"^ {4,}(python3 (?:train|evaluate)\.py .*)$", text.replace("\\\n", " "), re.MULTILINE)
+    """(line, script, arguments) of each command of the suite in the blocks."""
+    for line in blocks(text):
+        if found := COMMAND.match(line):
+            yield line, found[1], shlex.split(found[2], comments=True)
 
 
-def documents():
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+def test_commands_are_found_in_indented_and_fenced_blocks():
+    text = """In prose: python3 train.py --a.
+
+    python3 train.py --b \\
+        --c 'd e'    # comment
+    python distill_paths.py --f
+    train.py report.py     commands
+
+```bash
+OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 train.py --g
+sbatch --time 3:00:00 slurm/train.sbatch report.py runs
+```
+"""
+    assert [found[1:] for found in commands(text)] == [
+        ("train.py", ["--b", "--c", "d e"]),
+        ("distill_paths.py", ["--f"]),
+        ("train.py", ["--g"]),
+        ("report.py", ["runs"]),
+    ]
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("copy")
-    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, tracked.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    return folder
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train.py --student plane2",
+        "evaluate.py --checkpoint file",
+        "distill_paths.py --family plane",
+        "report.py runs",
+        "data_loader.py --download cifar10",
+    ],
+)
+def test_a_wrong_flag_is_an_error(line, capsys):
+    """Or the check of the documents' commands would pass whatever they are."""
+    script, *argv = line.split()
+    parse_command(script, argv)
+    with pytest.raises(SystemExit):
+        parse_command(script, [*argv, "--temprature", "4"])
+    assert "unrecognized arguments: --temprature 4" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_the_readmes_chain_on_digits(copy, run_in):
-    """Teacher, assistant, student and the scores, typed one after the other."""
-    typed = [line for line in commands((ROOT / "README.md").read_text()) if "digits" in line]
-    assert len(typed) >= 4
-    for line in typed:
-        run_in(copy, line)
-
-
-@pytest.mark.parametrize("document", documents(), ids=lambda path: path.name)
-def test_every_command_in_the_documents_is_understood(document, tmp_path, monkeypatch):
-    """Parsed by the command's own parser, beside the Python that the document shows: flags and names that are shown exist."""
-    for block in re.findall(r"```python\n(.+?)```", document.read_text(), re.DOTALL):
-        (tmp_path / "my_losses.py").write_text(block)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_in_the_documents_is_valid(document, tmp_path, monkeypatch):
+    """Every flag and every name exists, also names of the Python that the document shows."""
     monkeypatch.chdir(tmp_path)
-    import evaluate
-    from takd.config import run_config as settings
+    text = document.read_text()
+    for block in re.findall(r"^```python\n(.+?)^```", text, re.DOTALL | re.MULTILINE):
+        (tmp_path / "my_losses.py").write_text(block)
+    for line, script, argv in commands(text):
+        try:
+            parse_command(script, argv)
+        except SystemExit as end:
+            pytest.fail(f"{line}: exit status {end.code}")
 
-    parsers = {"train.py": settings.build_parser(), "evaluate.py": evaluate.build_parser()}
-    for line in commands(document.read_text()):
-        _, script, *argv = shlex.split(line, comments=True)
-        parsers[script].parse_args(argv)
 
-
-@pytest.mark.parametrize("document", documents(), ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_files_that_the_documents_name_exist(document):
-    named = set(re.findall(r"`((?:docs|tests|benchmarks|slurm)/[\w./]+|[\w]+\.(?:py|c|yml|txt)|Makefile)`", document.read_text()))
-    links = set(re.findall(r"\]\(((?!http)[\w./]+)\)", document.read_text()))
-    missing = [name for name in named if not (ROOT / name).exists()]
+    """In backticks and in blocks; a name without its folder may be that of any file of the suite."""
+    text = document.read_text()
+    folders = ("takd", "tests", "docs", "benchmarks", "slurm")
+    present = {path.name for folder in folders for path in (ROOT / folder).rglob("*")} | set(os.listdir(ROOT))
+    named = re.findall(rf"`((?:{'|'.join(folders)})/[\w./]+|\w+\.(?:py|c|yml|txt)|Makefile)`", text)
+    in_blocks = r"(?<![\w./-])([\w/]+\.(?:py|c|sh|sbatch)|results/[\w./-]+)(?![\w:])"
+    named += re.findall(in_blocks, "\n".join(blocks(text)))
+    missing = [name for name in named if not ((ROOT / name).exists() or name in present)]
+    links = re.findall(r"\]\(((?!http)[\w./]+)\)", text)
     missing += [link for link in links if not (document.parent / link).exists()]
     assert not missing
 
 
-@pytest.fixture(scope="module")
-def run_in():
-    def run(folder, line):
-        argv = [sys.executable, *shlex.split(line, comments=True)[1:]]
-        argv = [found for word in argv for found in (sorted(map(str, folder.glob(word))) if "*" in word else [word])]
-        outcome = subprocess.run(argv, cwd=folder, capture_output=True, text=True)
-        assert outcome.returncode == 0, f"{line}\n{outcome.stderr}"
-        return outcome.stdout
+TABLES = [
+    (document, argv) for document in DOCUMENTS for _, _, argv in commands(document.read_text()) if "--table" in argv
+]
 
-    return run
+
+@pytest.mark.parametrize("document, argv", TABLES, ids=[f"{document.name}-{argv[0]}" for document, argv in TABLES])
+def test_tables_in_the_documents_are_made_of_the_kept_records(document, argv, call, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    outcome = call(report, *argv)
+    assert outcome.status == 0 and outcome.out.startswith("| network") and f"\n{outcome.out}\n" in document.read_text()
+
+
+@pytest.mark.slow
+def test_the_commands_on_digits_in_the_readme_run(tmp_path):
+    """Teacher, assistant, student and their scores, one after the other, in a copy of the tracked files."""
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tmp_path / name)
+    typed = [found for found in commands((ROOT / "README.md").read_text()) if "digits" in found[0]]
+    assert len(typed) >= 4
+    for line, script, argv in typed:
+        argv = [file for word in argv for file in (sorted(map(str, tmp_path.glob(word))) if "*" in word else [word])]
+        outcome = subprocess.run([sys.executable, script, *argv], cwd=tmp_path, capture_output=True, text=True)
+        assert outcome.returncode == 0, f"{line}\n{outcome.stderr}"
