@@ -110,7 +110,7 @@ class Ours:
             torch.manual_seed(0)
             network = model_factory.create(teacher, len(split.classes))
             teacher = Teacher(network, split.transform, split, precision, False, cpu and cpu.pack)
-            teacher.attach_table(split, self.augment, "auto", 1, str(folder / config.teacher), lambda line: None)
+            teacher.attach_table(split, self.augment, "auto", str(folder / config.teacher), lambda line: None)
             self.table = teacher.table
         self.step = train.assemble(config, split, teacher, precision, cpu)
         self.step.student.train()

@@ -1,5 +1,7 @@
 """README.md and docs: their commands are parsed by the commands themselves or run, and the files they name exist."""
 
+import importlib.util
+import json
 import os
 import re
 import shlex
@@ -114,6 +116,15 @@ def test_tables_in_the_documents_are_made_of_the_kept_records(document, argv, ca
     monkeypatch.chdir(ROOT)
     outcome = call(report, *argv)
     assert outcome.status == 0 and outcome.out.startswith("| network") and f"\n{outcome.out}\n" in document.read_text()
+
+
+def test_the_benchmarks_table_is_made_of_its_figures():
+    path = ROOT / "benchmarks" / "cpu.py"
+    spec = importlib.util.spec_from_file_location("cpu_benchmark", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    rows = [benchmark.markdown(row) for row in json.loads(path.with_suffix(".json").read_text())["rows"]]
+    assert "\n".join([benchmark.HEADER, *rows, ""]) in (ROOT / "docs" / "performance.md").read_text()
 
 
 @pytest.mark.slow
