@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     students: list[Evaluation] = []
     teachers: dict[str, Evaluation] = {}  # by data set
     try:
+        evaluation.check_gpu(args.device)
         for path in args.checkpoint:
             student = evaluate(path, args.model, args.dataset, args, splits)
             if args.teacher_checkpoint:
@@ -112,6 +113,8 @@ def main(argv: list[str] | None = None) -> None:
             score_report.write_report(args.report, [scored(each) for each in everything])
     except UserError as error:
         sys.exit(flags.fail("evaluate.py", error, 2))
+    except torch.cuda.OutOfMemoryError as error:
+        sys.exit(flags.fail("evaluate.py", evaluation.out_of_memory(error, "--cuda 0 evaluates on the CPU"), 1))
     except (OSError, MemoryError) as error:
         sys.exit(flags.fail("evaluate.py", error, 1))
     results = [each.result for each in everything]

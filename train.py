@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from takd import process
@@ -54,13 +55,20 @@ from takd.run.engine import TrainStep
 from takd.run.run_directory import RunDirectory
 from takd.run.trainer import Context, Trainer, outcome_line
 
+SMALLER = "a smaller --batch-size, --teacher-cache live, or fewer runs at once (--jobs) need less"
+
 
 def main(argv: list[str] | None = None) -> None:
     stdout, config = (STDOUT, CONFIG) if argv is None else (sys.stdout, run_config.parse(argv, __doc__))
-    if config.measure:
-        return measure(config)
     try:
+        evaluation.check_gpu(config.device)
+        if config.measure:
+            return measure(config)
         world = join(config.device)
+    except UserError as error:
+        sys.exit(flags.fail("train.py", error, 2))
+    except torch.cuda.OutOfMemoryError as error:
+        sys.exit(flags.fail("train.py", evaluation.out_of_memory(error, SMALLER), 1))
     except ConnectionError as error:
         sys.exit(flags.fail("train.py", error, 1))
     stream = sys.stderr if config.json else sys.stdout
@@ -77,6 +85,8 @@ def main(argv: list[str] | None = None) -> None:
         world.end(flags.fail("train.py", error, 2) if world.claims_error() else 2)
     except (engine.Diverged, OSError, MemoryError) as error:
         world.end(flags.fail("train.py", error, 1) if world.claims_error() else 1)
+    except torch.cuda.OutOfMemoryError as error:
+        world.end(flags.fail("train.py", evaluation.out_of_memory(error, SMALLER), 1) if world.claims_error() else 1)
     except RuntimeError as error:
         if not world.is_peer_failure(error):
             raise
@@ -116,6 +126,8 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
 
     splits = world.rank_zero_first(lambda: data_loader.load(config, console.say))
     precision, cpu, teacher = actual_precision(config, recorded), cpu_annex(config), None
+    for line in hardware_notes(config.device, precision, world.size, splits.train.image_size):
+        console.say(line)
     if config.teacher:
         teacher = world.rank_zero_first(lambda: load_teacher(config, splits, precision, cpu, console.say))
     step = assemble(config, splits.train, teacher, precision, cpu)
@@ -163,11 +175,13 @@ def with_digests(config: RunConfig) -> RunConfig:
 
 
 def actual_precision(config: RunConfig, recorded: dict[str, Any] | None) -> str:
-    """ "bf16" or "fp32"; a continued run keeps what it began with."""
+    """ "bf16", "tf32" or "fp32"; a continued run keeps what it began with."""
+    native = evaluation.native_bf16(torch.device(config.device or "cpu"))
+    if config.precision == "tf32" and not native:
+        raise UserError("--precision tf32: this GPU has no TF32 (those of compute capability 8.0 on have); use fp32")
     if config.precision != "auto":
         return config.precision
-    chosen = "bf16" if evaluation.native_bf16(torch.device(config.device)) else "fp32"
-    return (recorded or {}).get("environment", {}).get("precision", chosen)
+    return (recorded or {}).get("environment", {}).get("precision", "bf16" if native else "fp32")
 
 
 def cpu_annex(config: RunConfig) -> Any:
@@ -187,6 +201,14 @@ def hardware(config: RunConfig, precision: str, processes: int, cpu: Any) -> str
     several = f"{processes} processes of " if processes > 1 else ""
     slower = ", no C compiler: PyTorch's own batch norm, slower" if cpu and not cpu.kernels.available() else ""
     return f"{config.device}, {precision}, {several}{torch.get_num_threads()} threads{slower}"
+
+
+def hardware_notes(device: str | None, precision: str, processes: int, image_size: int) -> Iterator[str]:
+    """What would be faster here."""
+    if precision == "bf16" and not evaluation.native_bf16(torch.device(device or "cpu")):
+        yield "warning: this hardware emulates bf16: --precision fp32 is faster"
+    if device == "cuda" and processes > 1 and image_size <= 64:
+        yield "note: networks this small use several GPUs better by a run on each: distill_paths.py --gpus 0 1"
 
 
 # --------------------------------------------------------------------------- teacher, student, method, optimiser
@@ -274,25 +296,25 @@ def check_smallest_batch(config: RunConfig, student: nn.Module, train: Split) ->
 
 
 def attach_table(config: RunConfig, teacher: Teacher, train: Split, say: Say) -> None:
-    teacher.attach_table(train, config.augment, config.teacher_cache, config.epochs, config.teacher_checkpoint, say)
+    teacher.attach_table(train, config.augment, config.teacher_cache, config.teacher_checkpoint, say)
 
 
 def step_graph(config: RunConfig, step: TrainStep, processes: int, say: Say) -> StepGraph | None:
     """Steps as CUDA graphs, where they never need the host; else None, and on a GPU a line that says why."""
     if config.device != "cuda" or config.cuda_graph is False:
         return None
-    table = step.active_teacher and step.active_teacher.table
+    table, images = step.active_teacher and step.active_teacher.table, step.split.images
     reasons = {
         "several processes share them": processes > 1,
-        "the images do not fit on the GPU": step.split.images.device != step.split.device,
+        "the images do not fit on the GPU": images.device != step.split.device,
         "random augmentation runs in other processes": VIEWS[config.augment] is None,
-        "the teacher's table is filled lazily": table and table.resident is None,
+        "the teacher's table does not fit on the GPU": table and table.resident is None,
     }
     if why := next((reason for reason, holds in reasons.items() if holds), None):
         say(f"steps     kernel by kernel, without a CUDA graph: {why}")
         return None
     say("steps     as CUDA graphs")
-    return StepGraph(step, say)
+    return StepGraph(step, say, min(config.batch_size, len(images)))
 
 
 # ------------------------------------------------------------------------------------- several runs, measurements

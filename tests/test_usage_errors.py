@@ -4,9 +4,12 @@ import os
 import re
 
 import pytest
+import torch
 from conftest import listing
 
 import train
+from takd.distill import evaluation
+from takd.errors import UserError
 
 FEW = ("--student", "plane2", "--dataset", "digits")
 USAGE_ERRORS = {
@@ -59,6 +62,7 @@ USAGE_ERRORS = {
         "--teacher-cache full: random augmentation (rotate-crop-flip) cannot be cached",
     ),
     "a CUDA graph on the CPU": (["--no-cuda-graph"], "about GPUs"),
+    "TF32 on the CPU": (["--precision", "tf32"], "an arithmetic of GPUs"),
     "image size of 0": (["--image-size", "0"], "at least 8"),
     "no epochs": (["--epochs", "0"], "at least 1"),
     "half an epoch": (["--epochs", "1.5"], "whole number"),
@@ -172,6 +176,45 @@ def test_divergence_is_one_line(tmp_path, call, tiny):
     outcome = call(train, *tiny, "--learning-rate", "1e30", "--run-dir", tmp_path / "run")
     assert outcome.status == 1 and "no longer a number at epoch 0" in outcome.err and outcome.err.count("\n") == 1
     assert not (tmp_path / "run/summary.json").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that torch can use")
+def test_a_gpu_that_torch_cannot_use_is_a_user_error():
+    """As with a driver that this build of torch does not know: on this machine there is none."""
+    evaluation.check_gpu("cpu")
+    with pytest.raises(UserError) as raised:
+        evaluation.check_gpu("cuda")
+    message = str(raised.value)
+    assert "\n" not in message and all(part in message for part in (torch.__version__, "the GPU", "--cuda 0"))
+
+
+def test_out_of_memory_on_a_gpu_is_one_line(tmp_path, call, tiny, teacher_file):
+    (tmp_path / "full.py").write_text(
+        "import torch\nfrom torch.nn import functional as F\nclass Full(torch.nn.Module):\n    calls = 0\n"
+        "    def forward(self, student, teacher, labels):\n        self.calls += 1\n        if self.calls > 3:\n"
+        "            raise torch.cuda.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a '\n"
+        "                'total capacity of 79.10 GiB of which 1.05 GiB is free. Process 7 has 78 GiB in use.')\n"
+        "        return {'loss': F.cross_entropy(student.logits, labels)}\n"
+    )
+    taught = ("--teacher", "plane2", "--teacher-checkpoint", teacher_file, "--method", f"{tmp_path}/full.py:Full")
+    outcome = call(train, *tiny, *taught, "--run-dir", tmp_path / "run")
+    assert outcome.status == 1 and outcome.err.count("\n") == 1
+    expected = (
+        "out of memory",
+        "Tried to allocate 2.00 GiB",
+        "1.05 GiB is free",
+        "--batch-size",
+        "--teacher-cache live",
+    )
+    assert all(part in outcome.err for part in (*expected, "--jobs"))
+
+
+def test_hardware_notes(monkeypatch):
+    monkeypatch.setattr(evaluation, "native_bf16", lambda device: False)
+    assert list(train.hardware_notes("cpu", "fp32", 2, 32)) == []
+    assert "emulates bf16" in list(train.hardware_notes("cpu", "bf16", 1, 32))[0]
+    assert "--gpus 0 1" in list(train.hardware_notes("cuda", "fp32", 2, 32))[0]
+    assert list(train.hardware_notes("cuda", "fp32", 2, 224)) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

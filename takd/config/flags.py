@@ -1,6 +1,7 @@
 """Command lines: spellings of values, files of arguments, one-line errors, and train.py's flags."""
 
 import argparse
+import contextlib
 import ctypes
 import importlib.util
 import math
@@ -163,17 +164,27 @@ def cuda(text: str) -> int:
     )
 
 
-def gpus_present() -> int:
-    """GPUs that this process may use, asked of the driver itself: torch takes seconds to import."""
+def _driver() -> Any:
+    """NVIDIA's own library, ready to be asked: torch takes seconds to import. None without a GPU or a driver."""
     for library in ("libcuda.so.1", "nvcuda.dll"):
-        try:
+        with contextlib.suppress(OSError):
             driver = ctypes.CDLL(library)
-        except OSError:
-            continue
-        count = ctypes.c_int(0)
-        if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
-            return count.value
-        return 0
+            return driver if driver.cuInit(0) == 0 else None
+    return None
+
+
+def gpu_name() -> str:
+    """The first GPU's, such as 'NVIDIA H200'."""
+    driver, name = _driver(), ctypes.create_string_buffer(100)
+    known = driver is not None and driver.cuDeviceGetName(name, len(name), 0) == 0
+    return name.value.decode() if known else "the GPU"
+
+
+def gpus_present() -> int:
+    """GPUs that this process may use."""
+    driver, count = _driver(), ctypes.c_int(0)
+    if driver is not None:
+        return count.value if driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
     if Path("/dev/kfd").exists():  # AMD's driver: torch knows its GPUs under the name of CUDA
         import torch
 
@@ -248,8 +259,8 @@ def train_parser(description: str = "") -> Parser:
     section("machine")
     flag("--cuda", type=cuda, metavar="N", help="GPUs: 1 or yes, 0 or no, or a number, a process each "
          "(without the flag: a GPU if there is one); under torchrun: 0, or a GPU for each of its processes")
-    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto",
-         help="arithmetic of the networks; auto takes bf16 where the hardware has it")
+    flag("--precision", choices=("auto", "bf16", "tf32", "fp32"), default="auto",
+         help="arithmetic of the networks; auto takes bf16 where the hardware has it, else fp32; evaluation is fp32")
     switch("--no-cuda-graph", "launch a step's kernels one by one (without the flag: as one CUDA graph where possible)")
     flag("--measure", nargs="+", type=network, metavar="NAME",
          help="train nothing: measure what these networks take here, on random images; a JSON line each")

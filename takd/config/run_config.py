@@ -224,6 +224,8 @@ def _training_device(config: RunConfig) -> str:
     if count > 1 and config.method and not methods.find(config.method).data_parallel:
         why = f"compares images with each other, which {count} processes do not share"
         raise UserError(f"--method {config.method} {why}; use one GPU")
+    if device == "cpu" and config.precision == "tf32":
+        raise UserError("--precision tf32 is an arithmetic of GPUs, and this run is on the CPU; use auto, bf16 or fp32")
     if device == "cpu" and config.cuda_graph is not None:
         raise UserError("--no-cuda-graph is about GPUs, and this run is on the CPU")
     return device

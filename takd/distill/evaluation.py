@@ -1,25 +1,50 @@
 """Evaluation: the logits of a whole split, their accuracy, and the agreement of two networks. Legend: N images, C
 classes."""
 
+import contextlib
 import statistics
 import time
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from takd.config.flags import gpu_name
+from takd.errors import UserError
 from takd.images.split import Split, Transform, evaluation_batches
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """bf16 arithmetic where precision is "bf16"; weights, optimizer and losses stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+@contextlib.contextmanager
+def autocast(device: torch.device, precision: str) -> Iterator[None]:
+    """The arithmetic of networks: "bf16" (weights, optimizer and losses stay float32), "tf32" or IEEE "fp32"."""
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"), tf32(precision == "tf32"):
+        yield
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether a GPU may round the factors of float32 convolutions and matrix products to TF32.
+
+    PyTorch's default is yes for convolutions, where nothing tells it from float32, and no for matrix products.
+    """
+    backends: Any = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = allowed
+        yield
+    finally:
+        for backend, value in zip(backends, before, strict=True):
+            backend.allow_tf32 = value
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 itself; elsewhere it is emulated and slower than float32."""
+    """Whether the hardware multiplies bf16 itself, as all GPUs do that have TF32; elsewhere it is emulated and slower
+    than float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
@@ -27,6 +52,29 @@ def native_bf16(device: torch.device) -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags  # the last is Arm's spelling
+
+
+def check_gpu(device: str) -> None:
+    """A UserError where torch cannot compute on the GPU that the driver reports: "cuda", as against "cpu"."""
+    if device != "cuda":
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what they say over several lines comes as an error too
+            torch.zeros(1, device="cuda").add_(1).item()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except (RuntimeError, AssertionError) as error:
+        build = (
+            f"torch {torch.__version__} (built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPUs'})"
+        )
+        why, install = str(error).splitlines()[0], "another build of torch (pytorch.org/get-started) or driver may"
+        raise UserError(f"{build} cannot use {gpu_name()}: {why}; {install}, --cuda 0 runs on the CPU") from None
+
+
+def out_of_memory(error: Exception, fix: str) -> str:
+    """PyTorch's paragraph about a GPU's memory as one line, with what helps."""
+    return f"the GPU is out of memory: {', '.join(str(error).split('. ')[1:3]) or error}; {fix}"
 
 
 def input_dtype(precision: str) -> torch.dtype:

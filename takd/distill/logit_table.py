@@ -1,13 +1,15 @@
 """A frozen teacher's logits as a table over (image, view): N x V x C, kept on disk beside the teacher's checkpoint.
 
 The teacher never changes, and augmentation is a finite set of numbered views. One view of CIFAR-100 is 20 MB in float32
-and costs one pass over the training images; the 162 of crop-flip are 1.6 GB in float16, filled lazily, as batches need
-them. Every run that learns from the same teacher shares it. Legend: N images, V views, C classes, B batch.
+and costs one pass over the training images; the 162 of crop-flip are 1.6 GB in float16, filled lazily: on the CPU as
+batches need them, on a GPU, which holds the table, before an epoch what it will need. Every run that learns from the
+same teacher shares the file. Legend: N images, V views, C classes, B batch.
 """
 
 import contextlib
 import os
 import time
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,10 @@ class LogitTable:
         self.path, self.teacher, self.split, self.augment = path, teacher, split, augment
         with locked(path.with_suffix(".lock"), f"table {path}", wait=True, say=say):
             self.values = self._open((len(split), VIEWS[augment], len(split.classes)), say)
-        self.resident: torch.Tensor | None = None  # the whole table on the GPU, once it is full
+        self.resident: torch.Tensor | None = None  # the table on the GPU, where it has room for it
+        if split.device.type == "cuda" and self.values.nbytes < 0.5 * torch.cuda.mem_get_info(split.device)[0]:
+            self.hold_on(split.device)
+        self.complete = False  # whether every row is known to be filled
         self._expected = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
 
     def _open(self, shape, say):
@@ -75,17 +80,40 @@ class LogitTable:
         batch = Batch(self.split, self.augment, index.to(self.split.device), views.to(self.split.device))
         return self.teacher.answer(batch.images)
 
+    def hold_on(self, device: torch.device) -> None:
+        """Look logits up on this device from now on, in a copy of the table; the file is written behind it."""
+        self.resident = self.values.to(device)
+        self._writer, self._writing = futures.ThreadPoolExecutor(1, "table"), futures.Future[None]()
+        self._writing.set_result(None)
+
     def _store(self, index, views):
-        """Write the teacher's logits. One beyond float16's range becomes infinite, and the loss shows it."""
-        rows = self._compute(index, views).to(self.values.dtype).cpu()
-        self.values[index, views] = torch.where(rows == 0, ZERO, rows)
+        """Keep the teacher's logits. One beyond float16's range becomes infinite, and the loss shows it."""
+        rows = self._compute(index, views).to(self.values.dtype)
+        rows = torch.where(rows == 0, ZERO, rows)
+        if self.resident is None:
+            self._write(index, views, rows)
+        else:
+            self.resident[index, views] = rows
+            self._writing = self._writer.submit(self._write, index, views, rows)
+
+    def _write(self, index, views, rows):
+        self.values[index.cpu(), views.cpu()] = rows.cpu()
 
     def expect(self, index: torch.Tensor, views: torch.Tensor) -> None:
-        """The (image, view) pairs that an epoch will need, in order: what is missing is then computed in full calls."""
-        if self.resident is None:
-            index, views = index.cpu(), views.cpu()
-            missing = (self.values[index, views, 0] == 0) | (self.values[index, views, -1] == 0)
-            self._expected = index[missing], views[missing]
+        """The (image, view) pairs that an epoch will need, in order: what is missing is computed in full calls, at once
+        where the table is resident, else as batches come to it."""
+        if self.complete:
+            return
+        values = self.values if self.resident is None else self.resident
+        index, views = index.to(values.device), views.to(values.device)
+        missing = (values[index, views, 0] == 0) | (values[index, views, -1] == 0)
+        self._expected = index[missing], views[missing]
+        if self.resident is not None:
+            self._writing.result()  # of the epoch before: a disk that is full ends the run
+            index, views = self._expected
+            for first in range(0, len(index), self.teacher.call_size):
+                rows = slice(first, first + self.teacher.call_size)
+                self._store(index[rows], views[rows])
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """float32 (B, C) for a batch; what is not in the table yet is computed and kept."""
@@ -104,7 +132,7 @@ class LogitTable:
         return rows.float().to(self.split.device)
 
     def fill(self, say: Say) -> None:
-        """Compute everything that is not in the table yet, in the file's order; on a GPU, keep the table there."""
+        """Compute everything that is not in the table yet, in the file's order."""
         reported, block = time.monotonic(), max(1, 8 * self.teacher.call_size // self.values.shape[1])
         for first in range(0, len(self.values), block):
             index, views = (~_filled(self.values[first : first + block])).nonzero(as_tuple=True)
@@ -113,15 +141,14 @@ class LogitTable:
             if time.monotonic() - reported > 60:
                 reported = time.monotonic()
                 say(f"table: {first + block} of {len(self.values)} images")
-        if self.split.device.type == "cuda":
-            self.resident = self.values.to(self.split.device)
+        self.complete = True
 
 
 def _filled(rows):
     return (rows[..., 0] != 0) & (rows[..., -1] != 0)
 
 
-def choose_cache(split: Split, augment: str, mode: str, epochs: int, path: Path) -> tuple[str, str]:
+def choose_cache(split: Split, augment: str, mode: str, path: Path) -> tuple[str, str]:
     """('full', 'lazy' or 'live', a line that says why) for --teacher-cache `mode` and a table at `path`."""
     views = VIEWS[augment]
     if views is None:
@@ -129,7 +156,7 @@ def choose_cache(split: Split, augment: str, mode: str, epochs: int, path: Path)
     if mode == "live":
         return "live", "live: computed for every batch"
     size = table_dtype(views).itemsize * len(split) * views * len(split.classes)
-    beside, on_gpu = path.parent.parent, split.device.type == "cuda"
+    beside = path.parent.parent
     free, needed = free_bytes(beside), 0 if path.exists() else size
     if free is None or free < needed * 1.05:
         room = "cannot be written" if free is None else f"has {_size(free)} free"
@@ -138,9 +165,7 @@ def choose_cache(split: Split, augment: str, mode: str, epochs: int, path: Path)
             raise UserError(f"--teacher-cache {mode}: {why}; free some or use live")
         return "live", f"live: a table needs {_size(size)} beside the teacher's checkpoint, where {beside} {room}"
     if mode == "auto":
-        if on_gpu and views > 1 and 4 * epochs < views and not path.exists():
-            return "live", f"live: {epochs} epochs would use few of the {views} views that a table holds"
-        mode = "full" if views == 1 or on_gpu else "lazy"
+        mode = "full" if views == 1 else "lazy"
     how = {"full": "filled now", "lazy": "filled lazily"}[mode]
     return mode, f"table of {views} view{'s' if views > 1 else ''}, {_size(size)} at most, {how}: {path}"
 

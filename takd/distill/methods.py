@@ -45,7 +45,7 @@ class Features(NamedTuple):
 Parts = dict[str, Tensor]
 
 
-def total(student: Features, labels: Tensor, ce_weight: float = 1.0, **terms: tuple[float, Tensor]) -> Parts:
+def total(student: Features, labels: Tensor, ce_weight: float = 1.0, **terms: tuple[float | Tensor, Tensor]) -> Parts:
     """What a method returns: `loss`, ce_weight times cross-entropy plus every weight times its term, `ce`, and the
     terms by name.
 
@@ -308,16 +308,23 @@ class DKD(nn.Module):
     """
 
     needs_features = False
-    epoch = 0
+    weights: Tensor  # (2,), of both terms in this epoch; a CUDA graph would keep numbers as they were captured
 
     def __init__(self, *, alpha: float, beta: float, temperature: float, warmup: int) -> None:
         super().__init__()
         self.alpha, self.beta, self.temperature, self.warmup = alpha, beta, temperature, warmup
+        self.register_buffer("weights", torch.zeros(2), persistent=False)
+        self.epoch = 0
+
+    def _start_epoch(self, epoch: int) -> None:
+        w = min(1.0, (epoch + 1) / max(1, self.warmup))
+        self.weights.copy_(torch.tensor([w * self.alpha, w * self.beta]))
+
+    epoch = property(fset=_start_epoch)
 
     def forward(self, student: Features, teacher: Features, labels: Tensor) -> Parts:
         target, others = losses.decoupled_kl(student.logits, teacher.logits, labels, self.temperature)
-        w = min(1.0, (self.epoch + 1) / max(1, self.warmup))
-        return total(student, labels, target=(w * self.alpha, target), others=(w * self.beta, others))
+        return total(student, labels, target=(self.weights[0], target), others=(self.weights[1], others))
 
 
 class LSKD(nn.Module):
@@ -399,6 +406,8 @@ def _as_user_error(name: str) -> Iterator[None]:
     """An exception in a method's own code as a UserError; of a user's file, with the line that raised it."""
     try:
         yield
+    except torch.cuda.OutOfMemoryError:  # of whatever the GPU holds
+        raise
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = (

@@ -81,13 +81,13 @@ class Teacher:
                 logits.append(self.network(images).float()[: len(chunk)])
         return torch.cat(logits)
 
-    def attach_table(self, split: Split, augment: str, mode: str, epochs: int, checkpoint: str, say: Say) -> None:
+    def attach_table(self, split: Split, augment: str, mode: str, checkpoint: str, say: Say) -> None:
         """Keep the logits of a split in a table beside the checkpoint where that is possible and worth it."""
         views = VIEWS[augment]
         dtype = table_dtype(views or 0)
         path = _cache_folder(checkpoint) / f"{augment}-{self.binding(split, augment)}.{dtype.name}"
         if not self.needs_features:
-            mode, line = choose_cache(split, augment, mode, epochs, path)
+            mode, line = choose_cache(split, augment, mode, path)
         elif mode in ("auto", "live"):
             mode, line = "live", "live: the method uses the teacher's features"
         else:
@@ -141,7 +141,8 @@ def _cache_folder(checkpoint):
 def freeze(
     network: nn.Module, device: torch.device, dtype: torch.dtype, image_size: int = 32, pack: Rewrite | None = None
 ) -> nn.Module:
-    """A copy for inference only: batch norm folded into the convolutions, then `pack` applied where it is given.
+    """A copy for inference only: batch norm folded into the convolutions, then `pack` applied where it is given, and
+    else weights rounded to `dtype`, which autocast would do in every call.
 
     Each rewrite is kept only where the copy still computes the same logits: another architecture is merely slower.
     """
@@ -149,8 +150,8 @@ def freeze(
     probe = torch.rand(8, 3, image_size, image_size, generator=generator(0, 0, "probe"))
     with torch.inference_mode():
         expected = best(probe)
-    for rewrite in (fold_batch_norm, pack) if pack else (fold_batch_norm,):
-        low = rewrite is pack and dtype == torch.bfloat16
+    for rewrite in (fold_batch_norm, pack or round_weights):
+        low = rewrite is not fold_batch_norm and dtype == torch.bfloat16
         rewritten = copy.deepcopy(best)
         try:
             rewrite(rewritten, dtype)
@@ -174,3 +175,10 @@ def fold_batch_norm(module: nn.Module, dtype: torch.dtype | None = None) -> None
         else:
             fold_batch_norm(child, dtype)
         previous = name
+
+
+def round_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """The weights and biases of convolutions and linear layers to `dtype`, in place."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.to(dtype)

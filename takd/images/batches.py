@@ -1,7 +1,7 @@
 """The batches of an epoch; those of random augmentation are made by worker processes."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,14 +17,33 @@ def batches(split: Split, augment: str, plan: EpochPlan, steps: Sequence[slice],
 
     Random augmentation runs in `workers` processes, or here if 0; any number of them makes the same pixels.
     """
-    if augmentation.VIEWS[augment] is not None:
+    if augmentation.VIEWS[augment] is not None and split.images.device == split.device:
         for rows in steps:
             yield Batch(split, augment, plan.order[rows], plan.views[rows])
         return
-    for rows, images in zip(steps, _random_views(split, plan, steps, workers), strict=True):
+    if augmentation.VIEWS[augment] is None:
+        augment, pixels = "none", _random_views(split, plan, steps, workers)  # they come augmented
+    else:
+        order = plan.order.cpu()
+        pixels = (split.images[order[rows]] for rows in steps)
+    for rows, images in zip(steps, _copied(pixels, split.device), strict=True):
         batch = Batch(split, augment, plan.order[rows], plan.views[rows])
-        batch.images = images.to(split.device)
+        batch.images = augmentation.apply(augment, images, batch.views)
         yield batch
+
+
+def _copied(pixels: Iterable[torch.Tensor], device: torch.device) -> Iterator[torch.Tensor]:
+    """Tensors of the host on the device: each crosses to a GPU while the step before it computes."""
+    if device.type != "cuda":
+        yield from (images.to(device) for images in pixels)
+        return
+    crossing, computing = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    for images in pixels:
+        with torch.cuda.stream(crossing):
+            copy = images.pin_memory().to(device, non_blocking=True)
+        computing.wait_stream(crossing)
+        copy.record_stream(computing)  # its memory is not free before the step has read it
+        yield copy
 
 
 def usual_workers() -> int:

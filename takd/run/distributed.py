@@ -110,8 +110,8 @@ class World:
         modules: list[Any] = [*student.modules(), *method.modules()]
         for module in modules:
             if type(module) is nn.BatchNorm2d:
-                module.__class__ = SharedBatchNorm2d
-                module.world = self  # type: ignore[assignment]
+                vars(module).update(world=self, process_group=None)
+                module.__class__ = SyncBatchNorm2d if module.weight.is_cuda else SharedBatchNorm2d  # type: ignore
         has_parameters = any(parameter.requires_grad for parameter in method.parameters())
         return DDPStudent(student), _ddp(method) if has_parameters else method
 
@@ -187,6 +187,15 @@ def _ddp(module):
     name = next(name for name in ("forward_sync_buffers", "broadcast_buffers") if name in known)  # the newer name first
     ddp: Any = nn.parallel.DistributedDataParallel
     return ddp(module, gradient_as_bucket_view=True, **{name: False})
+
+
+class SyncBatchNorm2d(nn.SyncBatchNorm):
+    """PyTorch's batch norm over the images of all processes, for GPUs."""
+
+    world: World
+
+    def forward(self, x):
+        return nn.BatchNorm2d.forward(self, x) if self.world.replicated else super().forward(x)  # type: ignore[arg-type]
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from takd.distill.evaluation import autocast, input_dtype
+from takd.distill.evaluation import autocast, input_dtype, tf32
 from takd.distill.methods import CrossEntropy
 from takd.distill.teacher import Teacher
 from takd.images.split import Batch, Split
@@ -36,6 +36,10 @@ class TrainStep:
         self.ddp_student, self.ddp_method = world.wrap(self.student, self.method)
 
     def __call__(self, batch: Batch, part: Part) -> tuple[list[str], torch.Tensor]:
+        with tf32(self.precision == "tf32"):  # the gradients too
+            return self._update(batch, part)
+
+    def _update(self, batch, part):
         images = self.split.transform(batch.images, input_dtype(self.precision))
         teacher_output = self.active_teacher and self.active_teacher(batch, images)
         with autocast(self.split.device, self.precision):

@@ -39,7 +39,7 @@ def teacher_of(path, split, needs_features=False, **changes):
 def attach(teacher, split, path, augment="crop-flip", mode="lazy"):
     """Give the teacher its table; returns the lines printed."""
     lines = []
-    teacher.attach_table(split, augment, mode, 2, path, lines.append)
+    teacher.attach_table(split, augment, mode, path, lines.append)
     return lines
 
 
@@ -159,6 +159,23 @@ def test_a_damaged_table_is_rebuilt(damage, teacher_file, split):
     assert any(line.startswith("warning:") and "rebuilding" in line for line in lines)
     for batch in epochs(split, 1):
         assert close(tabled(second, batch), live(second, batch))
+
+
+def test_a_resident_table_is_filled_before_the_epoch_and_written_behind_it(teacher_file, split):
+    """As on a GPU: no step calls the teacher, and another run finds the rows in the file."""
+    teacher, later = (teacher_of(teacher_file, split) for _ in range(2))
+    attach(teacher, split, teacher_file)
+    teacher.table.hold_on(torch.device("cpu"))
+    plan = epoch_plan(split, "crop-flip", 1, 0)
+    teacher.table.expect(plan.order, plan.views)
+    answer, teacher.answer = teacher.answer, None
+    rows = [tabled(teacher, batch) for batch in epochs(split, 1)]
+    assert all(close(row, live(teacher, batch)) for row, batch in zip(rows, epochs(split, 1), strict=True))
+    teacher.answer = answer
+    teacher.table.expect(plan.order, plan.views)  # waits for the writer; nothing is missing
+    attach(later, split, teacher_file)
+    later.answer = None
+    assert all(torch.equal(tabled(later, batch), row) for row, batch in zip(rows, epochs(split, 1), strict=True))
 
 
 def test_logits_of_zero_are_computed_once(teacher_file, split):

@@ -77,6 +77,18 @@ def test_freezing_changes_neither_the_logits_nor_the_network(name):
     assert unchanged(network, before)
 
 
+def test_frozen_weights_are_rounded_once_where_nothing_packs_them():
+    """Autocast would round them in every call: the same logits to the bit."""
+    torch.manual_seed(0)
+    network = model_factory.create("resnet8", 10)
+    exact, rounded = (freeze(network, torch.device("cpu"), dtype) for dtype in (torch.float32, torch.bfloat16))
+    weighted = [each for each in rounded.modules() if isinstance(each, torch.nn.Conv2d | torch.nn.Linear)]
+    assert weighted and all(each.weight.dtype == torch.bfloat16 for each in weighted)
+    images = torch.rand(16, 3, 32, 32)
+    with torch.inference_mode(), evaluation.autocast(images.device, "bf16"):
+        assert torch.equal(rounded(images), exact(images))
+
+
 def test_a_teacher_keeps_its_own_normalisation(teacher_file, digits):
     """The released code's files expect other constants than digits': their images are normalised separately."""
     network, _ = model_factory.load(teacher_file)
