@@ -137,6 +137,7 @@ def test_without_sbatch_slurm_is_refused(run_command, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ a study
+@pytest.mark.slow
 def test_a_study_continues_after_an_interrupt_and_a_killed_training(start_command, call, tmp_path):
     runs = tmp_path / "runs"
     argv = ("distill_paths.py", "--sizes", "plane4", "plane2", *DIGITS, "--set", "4:epochs=4", "--runs", runs)
