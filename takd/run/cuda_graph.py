@@ -10,6 +10,7 @@ and keep no state elsewhere; one that does otherwise, or whose replay differs fr
 import contextlib
 import copy
 import gc
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,18 +46,23 @@ class Cuda:
 
     def watched(self, function: Callable[[], Any]) -> tuple[Any, str | None]:
         """(result, 'FILE:LINE' of the first call in it that waits for the GPU, or None)."""
-        mode = torch.cuda.get_sync_debug_mode()
+        mode, thread, show = torch.cuda.get_sync_debug_mode(), threading.get_ident(), warnings.showwarning
+        waits = []
+
+        def note(message: Any, category: Any, filename: str, line: int, *more: Any) -> None:
+            if "synchronizing CUDA" not in str(message):
+                show(message, category, filename, line, *more)
+            elif threading.get_ident() == thread:  # and not that of a table's writer
+                waits.append(f"{filename}:{line}")
+
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with warnings.catch_warnings(record=True) as caught:
+            with warnings.catch_warnings():
                 warnings.simplefilter("always")
-                result = function()
+                warnings.showwarning = note
+                return function(), next(iter(waits), None)
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-        waits = [each for each in caught if "synchronizing CUDA" in str(each.message)]
-        for each in (each for each in caught if each not in waits):
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-        return result, f"{waits[0].filename}:{waits[0].lineno}" if waits else None
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """(replay, result): `replay()` does what `function()` does and fills `result`. Nothing is done yet.
