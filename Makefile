@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all test-gpu lint
 
 # Teacher, assistant and student on handwritten digits, then the chain beside the student alone.
 DEMO := $(BIN)/python train.py --dataset digits --epochs 12 --run-dir runs/demo
@@ -23,6 +23,10 @@ test-all: test
 	rm -rf .without-cpu && mkdir .without-cpu
 	git ls-files -z ':!takd/cpu' | xargs -0 tar cf - | tar xf - -C .without-cpu
 	cd .without-cpu && ../$(BIN)/python -m pytest -n 2 -m "not slow"
+
+# On a machine with a GPU, some minutes; ends with a block of text for an issue.
+test-gpu: .venv/installed-dev
+	$(BIN)/python -m pytest tests/gpu --cuda 1
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
