@@ -49,11 +49,11 @@ class Cuda:
         mode, thread, show = torch.cuda.get_sync_debug_mode(), threading.get_ident(), warnings.showwarning
         waits = []
 
-        def note(message: Any, category: Any, filename: str, line: int, *more: Any) -> None:
+        def note(message, category, filename, lineno, file=None, line=None):
             if "synchronizing CUDA" not in str(message):
-                show(message, category, filename, line, *more)
+                show(message, category, filename, lineno, file, line)
             elif threading.get_ident() == thread:  # and not that of a table's writer
-                waits.append(f"{filename}:{line}")
+                waits.append(f"{filename}:{lineno}")
 
         torch.cuda.set_sync_debug_mode("warn")
         try:
