@@ -196,7 +196,7 @@ def measure(case, split, folder, rounds, precision):
 
 
 HEADER = """
-| work | augmentation | table | images/s | over without takd.cpu | over the plain loop | over labels alone |
+| work | augmentation | table | images/s | vs. without takd.cpu | vs. plain loop | vs. labels alone |
 |---|---|---|--:|--:|--:|--:|"""
 
 
