@@ -1,6 +1,5 @@
 """TAKD: knowledge distillation through teacher assistants (Mirzadeh et al., AAAI 2020).
 
-Rooms, each of which imports only those before it: config, images, distill, run, study; below them errors, process and
-files. `cpu` is an annex that train.py, evaluate.py and the benchmarks open on a CPU; without its folder everything
-still works.
+Each subpackage imports only those before it: config, images, distill, run, study; all import errors, process and files.
+`cpu` is optional: train.py and the benchmarks import it for runs on a CPU, and without its folder everything works.
 """

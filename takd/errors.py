@@ -2,4 +2,4 @@
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave. The message is one line: what was given, what is allowed, and how to mend it."""
+    """A mistake in what the user gave. The message is one line: what was given, what is allowed, and how to fix it."""

@@ -1,4 +1,4 @@
-"""Files: atomic writes, locks, digests, and classes out of a user's own FILE.py. Standard library only at import."""
+"""Files: atomic writes, locks, digests, and classes from a user's own FILE.py. Standard library only at import."""
 
 import contextlib
 import difflib
@@ -17,8 +17,8 @@ from typing import Any
 
 from takd.errors import UserError
 
-Say = Callable[[str], None]  # takes a line for the user
-ROOT = Path(__file__).resolve().parents[1]  # of the suite: where its commands are
+Say = Callable[[str], None]  # prints a line for the user
+ROOT = Path(__file__).resolve().parents[1]  # the suite's folder, where its commands are
 
 
 # -------------------------------------------------------------------------------------------------- writing
@@ -51,8 +51,8 @@ class Busy(UserError):
 def locked(path: Path, what: str, wait: bool = False, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
     """Hold an exclusive lock on a file for the block; the system releases it however the process ends.
 
-    Without `wait`, a lock held by another process raises Busy at once; with it, `say` gets one line and the lock is
-    waited for. On a file system without locks (some clusters' scratch) the block runs without one.
+    If another process holds the lock, Busy is raised at once, or with `wait` one line is printed and the lock is waited
+    for. On a file system without locks (some clusters' scratch) the block runs without one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+") as file:
@@ -114,7 +114,7 @@ _user_modules: dict[tuple[Path, bytes], Any] = {}
 
 
 def import_class(name: str) -> Any:
-    """The class or function that `FILE.py:CLASS` names. This runs the file, once; what is wrong with it is a UserError.
+    """The class or function that `FILE.py:CLASS` names. This runs the file, once; its errors become UserErrors.
 
     The file imports modules beside it as a script would: its own losses.py or data_loader.py, never the suite's.
     """
@@ -147,7 +147,7 @@ def import_class(name: str) -> Any:
 
 @contextlib.contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-    """Let imports find what lies in `folder`, also where modules of the same names were imported before."""
+    """Let imports find modules in `folder`, even if modules of the same names were imported before."""
 
     def namesakes() -> dict[str, Any]:
         tops = {name.partition(".")[0] for name in sys.modules} - {"takd"} if folder != ROOT else set()

@@ -37,7 +37,7 @@ def place() -> Place:
 
 @contextlib.contextmanager
 def rank_zero_output():
-    """Discard what all but a machine's first process print, such as a usage error that all of them meet."""
+    """Discard what all but a machine's first process print, such as a usage error that occurs in all of them."""
     with contextlib.ExitStack() as stack:
         if place().local_rank:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -46,7 +46,7 @@ def rank_zero_output():
 
 
 class Stopped(SystemExit):
-    """A signal asked the process to end: exit status 128 + its number, as a shell gives."""
+    """The process ends because of a signal: exit status 128 + its number, as in a shell."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -54,11 +54,11 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """STOP_SIGNALS end the process at a good moment.
+    """STOP_SIGNALS end the process at a safe point.
 
-    Outside `deferred()` a signal raises Stopped at once. Inside it is only noted in `received`, so that a training step
-    ends and a save is made; a second one raises all the same. What comes within a second of another is the same
-    request: a launcher passes on what its whole group received.
+    Outside `deferred()` a signal raises Stopped at once. Inside, the first is only recorded in `received`, so that a
+    training step ends and a save is made; a second one raises Stopped. Signals within a second of each other count as
+    one: a launcher forwards a signal that its whole group has received already.
     """
 
     def __init__(self):
@@ -92,6 +92,6 @@ class StopSignals:
 
 
 def ignore_stop_signals(_worker: int = 0) -> None:
-    """For worker processes: a signal sent to a whole group is for the run itself, which then ends its workers."""
+    """For worker processes: on a signal to the whole group the run itself stops, and then ends its workers."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

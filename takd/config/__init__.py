@@ -1,1 +1,1 @@
-"""What the user asks for: names, recipes, method options, flags, and the configuration of a run. Imports no torch."""
+"""Settings: names, recipes, method options, flags, and the configuration of a run. Imports no torch."""

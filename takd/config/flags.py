@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with `@file` arguments (several a line, # comments), no abbreviations, and errors of one line (status
     2).
 
-    `flag` notes a default in `defaults` and leaves argparse's at None: a given value is told from an absent one.
+    `flag` keeps a default in `defaults` and leaves argparse's at None, which distinguishes values that were given.
     """
 
     def __init__(self, description: str | None) -> None:
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         self.actions: dict[str, argparse.Action] = {}
 
     def section(self, title: str) -> None:
-        """The flags that follow stand under this title."""
+        """The flags that follow are listed under this title."""
         self.group = self.add_argument_group(title)
 
     def flag(self, *spellings: str, default: Any = None, help: str, **options: Any) -> None:
@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         except UnicodeDecodeError:
             self.error("an @file of arguments must be text (UTF-8)")
         except RecursionError:
-            self.error("an @file of arguments names itself")
+            self.error("an @file of arguments includes itself")
 
     def given(self, argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
         """({setting: value} of the flags that were given, {setting: 'command line' or 'arguments file'})."""
@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
         return values, {key: "command line" if key in direct else "arguments file" for key in values}
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {' '.join(message.split())} ({self.prog} --help explains)", file=sys.stderr)
+        print(f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -165,7 +165,7 @@ def cuda(text: str) -> int:
 
 
 def _driver() -> Any:
-    """NVIDIA's own library, ready to be asked: torch takes seconds to import. None without a GPU or a driver."""
+    """NVIDIA's driver library, initialised (importing torch takes seconds). None without a GPU or a driver."""
     for library in ("libcuda.so.1", "nvcuda.dll"):
         with contextlib.suppress(OSError):
             driver = ctypes.CDLL(library)
@@ -174,7 +174,7 @@ def _driver() -> Any:
 
 
 def gpu_name() -> str:
-    """The first GPU's, such as 'NVIDIA H200'."""
+    """The first GPU's name, such as 'NVIDIA H200'."""
     driver, name = _driver(), ctypes.create_string_buffer(100)
     known = driver is not None and driver.cuDeviceGetName(name, len(name), 0) == 0
     return name.value.decode() if known else "the GPU"
@@ -193,7 +193,7 @@ def gpus_present() -> int:
 
 
 def device_name(wanted: int | None) -> str:
-    """'cuda' or 'cpu' for --cuda's number of GPUs (None: a GPU if there is one). More than there are is a UserError."""
+    """'cuda' or 'cpu' for --cuda's number of GPUs (None: a GPU if there is one). Too many are a UserError."""
     present = 0 if wanted == 0 else gpus_present()
     if wanted is not None and wanted > present:
         there = f"{present} GPU{'s' if present != 1 else ''}" if present else "no GPU (or no driver for it)"
@@ -212,24 +212,24 @@ def train_parser(description: str = "") -> Parser:
     section("networks")
     flag("--student", "--model", type=network, default="resnet8", metavar="NAME",
          help=f"network to train: {' '.join(names.NETWORKS)}, {names.MORE_NETWORKS}")
-    flag("--teacher", type=network, metavar="NAME", help="network to learn from (without one: labels only)")
-    flag("--teacher-checkpoint", metavar="FILE", help="the teacher's weights (without: it is trained first)")
-    switch("--pretrained", "torchvision's weights but for a new last layer, in a student or a teacher trained first")
+    flag("--teacher", type=network, metavar="NAME", help="network to learn from (default: none, labels only)")
+    flag("--teacher-checkpoint", metavar="FILE", help="the teacher's weights (default: it is trained first)")
+    switch("--pretrained", "torchvision's weights, except the last layer, in the student or a teacher trained first")
     section("data")
     flag("--dataset", type=dataset, default="cifar100", metavar="NAME", help=" ".join(names.DATASETS))
     flag("--dataset-dir", default="./data", metavar="DIR",
-         help="where cifar-100-python or cifar100/{train,test}/<class>/ is, or is downloaded to; of --dataset folder, "
-         "where train/<class>/ and val or test are")
+         help="where cifar-100-python or cifar100/{train,test}/<class>/ is, or is downloaded to; for --dataset "
+         "folder, where train/<class>/ and val or test are")
     flag("--image-size", type=number(int, minimum=8, maximum=1024), metavar="N",
-         help="height and width of the networks' input (default: 32, of a folder 224)")
-    flag("--train-images", type=whole, metavar="N", help="only N of them, the same share of each class")
-    switch("--download", "fetch an absent data set (the default)")
-    switch("--no-download", "never touch the network")
+         help="height and width of the networks' input (default: 32, for a folder 224)")
+    flag("--train-images", type=whole, metavar="N", help="train on only N images, the same share of each class")
+    switch("--download", "download an absent data set (the default)")
+    switch("--no-download", "never download a data set")
     flag("--validation-split", type=number(float, minimum=0), default=0.0, metavar="SHARE",
-         help="hold out this share (or number) of the training images to select the best epoch on, not the test set")
-    flag("--augment", choices=("auto", *names.VIEWS), default="auto", help="auto takes the recipe's")
+         help="share or number of training images held out to select the best epoch, in place of the test set")
+    flag("--augment", choices=("auto", *names.VIEWS), default="auto", help="auto: the recipe's")
     flag("--workers", type=number(int, minimum=0), metavar="N",
-         help="processes that apply rotate-crop-flip (default: one a core, at most 8)")
+         help="processes that apply rotate-crop-flip (default: one per core, at most 8)")
     section("distillation")
     flag("--method", type=method, default="kd", metavar="NAME",
          help=f"{' '.join(methods.METHODS)}, or a class of your own: my_file.py:MyClass")
@@ -241,33 +241,33 @@ def train_parser(description: str = "") -> Parser:
                               help="list the methods and their options")
     flag("--teacher-cache", choices=("auto", "live", "lazy", "full"), default="auto",
          help="the teacher's logits: computed for every batch (live), or kept in a table, filled lazily or in full")
-    section("optimisation (what is not given comes from the recipe)")
-    flag("--recipe", choices=tuple(recipes.RECIPES), default="paper", help="docs/recipes.md explains")
-    flag("--epochs", type=whole, metavar="N", help="passes over the training images (paper: 160)")
-    flag("--batch-size", type=whole, metavar="N", help="images a step, over all GPUs (paper: 128)")
-    flag("--learning-rate", type=positive, metavar="RATE", help="of the first epoch")
-    flag("--milestones", type=number(int, minimum=0), nargs="*", metavar="EPOCH", help="epochs of the rate's decay")
-    flag("--learning-rate-decay", type=positive, metavar="F", help="factor at each milestone")
-    flag("--momentum", type=number(float, minimum=0, below=1), metavar="M", help="of SGD")
+    section("optimisation (settings not given come from the recipe)")
+    flag("--recipe", choices=tuple(recipes.RECIPES), default="paper", help="see docs/recipes.md")
+    flag("--epochs", type=whole, metavar="N", help="passes over the training images (recipe paper: 160)")
+    flag("--batch-size", type=whole, metavar="N", help="images per step, over all GPUs (recipe paper: 128)")
+    flag("--learning-rate", type=positive, metavar="RATE", help="learning rate of the first epoch")
+    flag("--milestones", type=number(int, minimum=0), nargs="*", metavar="EPOCH", help="epochs at which it decays")
+    flag("--learning-rate-decay", type=positive, metavar="F", help="its factor at each milestone")
+    flag("--momentum", type=number(float, minimum=0, below=1), metavar="M", help="momentum of SGD")
     switch("--nesterov", "Nesterov momentum")
     switch("--no-nesterov", "plain momentum")
-    flag("--weight-decay", type=number(float, minimum=0), metavar="W", help="of SGD")
+    flag("--weight-decay", type=number(float, minimum=0), metavar="W", help="L2 penalty of SGD")
     flag("--seed", type=number(int, minimum=0, maximum=2**63 - 1), default=DEFAULT_SEED, metavar="N",
-         help="of initialisation, order and augmentation")
+         help="seed of initialisation, order and augmentation")
     flag("--repeat", type=whole, metavar="N",
-         help="N runs with seeds from --seed on and one teacher, each in a folder of its own; their mean at the end")
+         help="N runs with consecutive seeds from --seed and one teacher, each in its own folder; prints their mean")
     section("machine")
-    flag("--cuda", type=cuda, metavar="N", help="GPUs: 1 or yes, 0 or no, or a number, a process each "
-         "(without the flag: a GPU if there is one); under torchrun: 0, or a GPU for each of its processes")
+    flag("--cuda", type=cuda, metavar="N", help="GPUs: 1 or yes, 0 or no, or a number, one process each "
+         "(default: a GPU if there is one); under torchrun: 0, or a GPU for each of its processes")
     flag("--precision", choices=("auto", "bf16", "tf32", "fp32"), default="auto",
          help="arithmetic of the networks; auto takes bf16 where the hardware has it, else fp32; evaluation is fp32")
-    switch("--no-cuda-graph", "launch a step's kernels one by one (without the flag: as one CUDA graph where possible)")
+    switch("--no-cuda-graph", "launch a step's kernels one by one (default: as one CUDA graph where possible)")
     flag("--measure", nargs="+", type=network, metavar="NAME",
-         help="train nothing: measure what these networks take here, on random images; a JSON line each")
+         help="train nothing; measure these networks' speed on this machine, on random images; one JSON line each")
     section("records")
     flag("--run-dir", metavar="DIR", help="the run's folder (default: runs/<a name made of the settings>)")
     flag("--save-minutes", type=positive, default=10.0, metavar="M",
-         help="save inside an epoch this often; every epoch's end and SIGTERM, SIGINT, SIGUSR1 save as well")
+         help="minutes between saves within an epoch; its end and SIGTERM, SIGINT, SIGUSR1 save too")
     switch("--json", "print the summary as JSON; other lines go to standard error")
     return parser
 
@@ -276,7 +276,7 @@ def download_parser(description: str) -> Parser:
     """data_loader.py's flags."""
     parser, fetched = Parser(description), [name for name in names.DATASETS if name.startswith("cifar")]
     parser.group.add_argument("--download", nargs="+", choices=fetched, required=True, help="data sets to fetch")
-    parser.group.add_argument("--dataset-dir", default="./data", metavar="DIR", help="where to (default: ./data)")
+    parser.group.add_argument("--dataset-dir", default="./data", metavar="DIR", help="target folder (default: ./data)")
     return parser
 # fmt: on
 

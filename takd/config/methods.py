@@ -1,7 +1,7 @@
 """The methods' names and options: the schema of --method-option, --help-methods, error messages and reports.
 
 The losses are the classes of the same names in takd/distill/methods.py, which take the options as keyword arguments. A
-method of the user's own, FILE.py:CLASS, is imported and carries its table in `options`.
+method of the user's own, FILE.py:CLASS, is imported and has its table in `options`.
 """
 
 import inspect
@@ -41,7 +41,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Method:
-    """What is known of a method before its class is made."""
+    """What is known of a method before its class is imported."""
 
     formula: str
     source: str
@@ -87,7 +87,7 @@ METHODS = {
         "beta": Option(3000.0, "weight of the similarities"),
     }, data_parallel=False),
     "rkd": Method("CE + beta (distance D + angle A), the relations in a batch", "Park et al., CVPR 2019", {
-        "beta": Option(1.0, "weight of both"),
+        "beta": Option(1.0, "weight of both terms"),
         "distance": Option(25.0, "weight of the distances between two images"),
         "angle": Option(50.0, "weight of the angles between three"),
     }, data_parallel=False),
@@ -97,7 +97,7 @@ METHODS = {
     "crd": Method("CE + beta (NCE of the student + NCE of the teacher)", "contrastive, Tian et al., ICLR 2020", {
         "beta": Option(0.8, "weight of the contrastive term"),
         "dimensions": Option(128, "of the embeddings", minimum=1),
-        "negatives": Option(16384, "K, images to tell the positive one from", minimum=1),
+        "negatives": Option(16384, "K, images that the positive one is contrasted with", minimum=1),
         "tau": Option(0.07, "temperature of the similarities", above=0),
         "momentum": Option(0.5, "share of an embedding that its bank keeps at each visit", maximum=1),
     }, data_parallel=False),
@@ -147,8 +147,8 @@ def find(name: str) -> Method:
                 )
             options[key] = Option(parameter.default)
         elif parameter.kind is parameter.POSITIONAL_OR_KEYWORD and key not in ("student", "teacher", "labels"):
-            fix = "options stand behind a *, before it only student, teacher and labels"
-            raise UserError(f"--method {name}: its constructor asks for {key}; {fix}")
+            fix = "options come after a *, and only student, teacher and labels before it"
+            raise UserError(f"--method {name}: its constructor requires {key}; {fix}")
     together = getattr(method_class, "needs_index", False) or getattr(method_class, "one_process", False)
     return Method("", "", options, data_parallel=not together)
 

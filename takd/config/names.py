@@ -1,4 +1,4 @@
-"""What can be named: networks, data sets and augmentations. The networks themselves are in model_factory.py."""
+"""Names of networks, data sets and augmentations. The networks themselves are in model_factory.py."""
 
 import difflib
 import functools
@@ -23,7 +23,7 @@ MORE_NETWORKS = "torchvision:NAME, or FILE.py:CLASS of your own"
 
 
 def network(name: str) -> str:
-    """The canonical spelling of a network's name: any case, `plain10`, `cnn10` and `resnet-20` are understood.
+    """The canonical spelling of a network's name: any case, `plain10`, `cnn10` and `resnet-20` are accepted.
 
     `torchvision:NAME` imports torchvision, `FILE.py:CLASS` the user's file.
     """
@@ -56,17 +56,17 @@ def torchvision_networks() -> list[str]:
 
 
 def torchvision_name(network_name: str) -> str | None:
-    """Torchvision's name of a network that is built there, else None."""
+    """Torchvision's own name of one of its networks, else None."""
     return "resnet50" if network_name == "resnet50" else network_name.partition("torchvision:")[2] or None
 
 
 def file_name(network_name: str) -> str:
-    """A network's name as a part of file names."""
+    """A network's name in a form for file names."""
     return re.sub(r"[^\w.]+", "-", network_name).strip("-.")
 
 
 def family(network_name: str) -> str:
-    """'plane', 'resnet' (He's for 32x32 images) or 'other': what recipes distinguish."""
+    """'plane', 'resnet' (He et al.'s for 32x32 images) or 'other': what recipes distinguish."""
     if network_name.startswith("plane"):
         return "plane"
     return "resnet" if re.fullmatch(r"resnet\d+a?", network_name) and network_name != "resnet50" else "other"
@@ -75,7 +75,7 @@ def family(network_name: str) -> str:
 # ------------------------------------------------------------------------------------------------ data sets
 @dataclass(frozen=True)
 class Dataset:
-    """What is known of a data set before it is read; None where only the files tell."""
+    """What is known of a data set before it is read; None where it depends on the files."""
 
     classes: int | None
     train_images: int | None
@@ -98,19 +98,19 @@ DATASETS = {
 
 
 def dataset(name: str) -> str:
-    """The canonical spelling of a data set's name: any case, `CIFAR-100` is understood. Unknown is never CIFAR-10."""
+    """The canonical spelling of a data set's name: any case, `CIFAR-100` is accepted. Unknown names are UserErrors."""
     spelling = re.sub(r"[\s_-]", "", str(name).lower())
     if spelling in DATASETS:
         return spelling
     raise UserError(f"unknown data set '{name}'{nearest(spelling, DATASETS)}; data sets: {' '.join(DATASETS)}")
 
 
-# Views that an augmentation draws from, None where transforms are drawn at random: takd/images/augmentation.py.
+# Number of views of an augmentation, None where transforms are drawn at random: takd/images/augmentation.py.
 VIEWS = {"none": 1, "flip": 2, "crop-flip": 9 * 9 * 2, "crop-flip-reflect": 9 * 9 * 2, "rotate-crop-flip": None}
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean ...?)' with the likeliest known word; of equals the one that begins alike."""
+    """' (did you mean ...?)' with the closest known word; ties go to the longest common prefix."""
 
     def likeness(name):
         return difflib.SequenceMatcher(None, word, name).ratio(), len(os.path.commonprefix([word, name]))

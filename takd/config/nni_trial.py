@@ -1,5 +1,5 @@
-"""Inside an NNI trial: the tuner's proposal, and the results that it gets. nni is imported here
-alone, and only in a trial."""
+"""Inside an NNI trial: the tuner's proposal, and the results reported to it. nni is imported only here, and only in a
+trial."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from typing import Any
 
 from takd.errors import UserError
 
-# The released code's search-space keys, and shorter ones, as settings of ours.
+# The released code's search-space keys, and shorter ones, with our settings' names.
 OLD_KEYS = {"T_student": "temperature", "lambda_student": "lambda"}
 PARAMETERS = OLD_KEYS | {"T": "temperature", "lambda": "lambda", "seed": "seed"}
 
@@ -23,7 +23,7 @@ def experiment() -> str:
 
 
 def proposal() -> dict[str, Any]:
-    """{setting: value} from the tuner. Keys that mean nothing here, or the same twice, are UserErrors."""
+    """{setting: value} from the tuner. Unknown keys, and two for one setting, are UserErrors."""
     try:
         import nni
     except ImportError as error:

@@ -65,12 +65,12 @@ RECIPES = {
 
 
 def recipe(name: str, network: str) -> Recipe:
-    """The settings of recipe `name` for a network; for a family that it has no row for, its ResNets'."""
+    """The settings of recipe `name` for a network; for a family without a row, its ResNets'."""
     return RECIPES[name].get(names.family(network), RECIPES[name]["resnet"])
 
 
 def milestone_epochs(recipe: Recipe, epochs: int) -> list[int]:
-    """Epochs, counted from 0, from which the rate is lower: (1/2, 3/4) of 160 is [80, 120]; of 1 it is never."""
+    """Epochs, counted from 0, from which the rate is lower: (1/2, 3/4) of 160 is [80, 120]; a run of 1 never decays."""
     return [(math.floor if recipe.round_down else math.ceil)(fraction * epochs) for fraction in recipe.milestones]
 
 

@@ -1,6 +1,6 @@
-"""RunConfig: every setting of one run with where it came from, from the command line to the record in config.json.
+"""RunConfig: every setting of one run and its origin, from the command line to the record in config.json.
 
-config = parse(["--teacher", "plane10", "--student", "plane2"])      ends with a usage error where something is wrong
+config = parse(["--teacher", "plane10", "--student", "plane2"])      exits with a usage error if an argument is wrong
 config.teacher_config()      the run that trains the teacher first     config.repetitions()     the runs of --repeat
 """
 
@@ -19,24 +19,24 @@ from takd.errors import UserError
 
 # fmt: off
 NEED_TEACHER = ("teacher_checkpoint", "method", "method_option", "temperature", "lambda", "teacher_cache")
-OPTION_FLAGS = ("temperature", "lambda")  # flags of their own for options that a method may have
+OPTION_FLAGS = ("temperature", "lambda")  # method options that have flags of their own
 PASSED_TO_TEACHER = (
     "dataset", "dataset_dir", "download", "image_size", "train_images", "validation_split", "augment", "workers",
     "recipe", "epochs", "batch_size", "cuda", "precision", "save_minutes",
 )
-# Where or how fast a run is made, not what comes out of it: a run may continue under other values.
+# These change where or how fast a run is made, not its outcome: it may continue with other values.
 INCIDENTAL = (
     "teacher_checkpoint", "teacher_cache", "dataset_dir", "download", "workers", "cuda", "cuda_graph", "run_dir",
     "save_minutes", "json",
 )
-UNRECORDED = ("device", "repeat", "measure", "origins")  # config.json has the last apart
-DERIVED = ("recipe", "default of", "data set", "resolved", "its")  # beginnings of origins of what nobody gave
+UNRECORDED = ("device", "repeat", "measure", "origins")  # config.json has origins separately
+DERIVED = ("recipe", "default of", "data set", "resolved", "its")  # beginnings of the origins of values not given
 # fmt: on
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The settings of one run, plain JSON values. None is a setting that this run does not have."""
+    """The settings of one run, plain JSON values. None: a setting that does not apply to this run."""
 
     student: str
     dataset: str
@@ -62,10 +62,10 @@ class RunConfig:
     teacher: str | None = None
     method: str | None = None
     method_options: dict[str, Any] | None = None  # all of the method's
-    temperature: float | None = None  # two of them again, where the method has them
+    temperature: float | None = None  # two of these options again, if the method has them
     lambda_: float | None = None
     method_file: str | None = None  # digest of the user's own file
-    without_effect: dict[str, Any] | None = None  # what a tuner proposed for a teacher that there is not
+    without_effect: dict[str, Any] | None = None  # a tuner's values that need a teacher, in a run without one
     # Digests of the files that the outcome depends on, known when they are read:
     images: str | None = None  # of --dataset folder
     teacher_weights: str | None = None
@@ -92,17 +92,17 @@ class RunConfig:
         return {key.rstrip("_"): value for key, value in present.items()}
 
     def identity(self) -> dict[str, Any]:
-        """The settings that make the outcome: another identity is another run, in another folder."""
+        """The settings that determine the outcome: another identity is another run, in another folder."""
         return {key: value for key, value in self.record().items() if key not in INCIDENTAL}
 
     def replace(self, origin: str | None = None, **changes: Any) -> "RunConfig":
-        """A copy with other values; `origin` is noted as where they came from."""
+        """A copy with other values; `origin` is recorded as their origin."""
         origins = self.origins | dict.fromkeys(changes, origin) if origin else self.origins
         return dataclasses.replace(self, **changes, origins=origins)
 
     # ------------------------------------------------------------------------------------------- other runs
     def teacher_config(self) -> "RunConfig":
-        """The run that trains the teacher: the same data, length and recipe, none of the student's optimiser flags."""
+        """The run that trains the teacher: the same data, length and recipe, but not the student's optimiser flags."""
         assert self.teacher
         settings = self.record()
         given = {key: settings[key] for key in PASSED_TO_TEACHER if key in settings and self._given(key)}
@@ -121,7 +121,7 @@ class RunConfig:
         return not self.origins[key].startswith(DERIVED)
 
     def repetitions(self) -> list["RunConfig"]:
-        """The runs of --repeat: one a seed, inside --run-dir each in a folder of its own. Without it: this run."""
+        """The runs of --repeat: one per seed, each in its own folder inside --run-dir. Without --repeat: this run."""
         if self.repeat is None:
             return [self]
         runs = [dataclasses.replace(self, seed=seed) for seed in range(self.seed, self.seed + self.repeat)]
@@ -132,7 +132,7 @@ class RunConfig:
     # ------------------------------------------------------------------------------------------- names of files
     @property
     def run_path(self) -> Path:
-        """The run's folder: as given (a trial's inside it), or named after what makes the run."""
+        """The run's folder: as given (a trial's inside it), or named after the run's settings."""
         if self.trial:
             return Path(self.run_dir or f"runs/nni-{nni_trial.experiment()}") / self.trial
         if self.run_dir:
@@ -149,9 +149,9 @@ class RunConfig:
 
 # ---------------------------------------------------------------------------------------------------- parsing
 def parse(argv: list[str], description: str = "", elsewhere: bool = False) -> RunConfig:
-    """The run that a command line, and in a trial NNI's tuner, ask for. Ends with a usage error where they are wrong.
+    """The run of a command line and, in a trial, of NNI's proposal. Exits with a usage error if they are wrong.
 
-    A run that is to be made `elsewhere` has no device yet.
+    A run that will be made `elsewhere` has no device yet.
     """
     parser = flags.train_parser(description)
     given, origins = parser.given(argv)
@@ -183,7 +183,7 @@ def proposed_value(parser: flags.Parser, key: str, value: Any) -> Any:
 
 
 def _check_combinations(given: Mapping[str, Any], origins: Mapping[str, str]) -> None:
-    """Flags that would have no effect are refused, so that nobody believes they had one."""
+    """Refuse flags that would have no effect, so that nobody assumes they had one."""
     if "teacher" not in given:
         for key in NEED_TEACHER:
             if key in given and origins[key] != "tuner" and (key, given[key]) != ("method", "base"):
@@ -209,7 +209,7 @@ def _check_combinations(given: Mapping[str, Any], origins: Mapping[str, str]) ->
 
 
 def _training_device(config: RunConfig) -> str:
-    """'cuda' or 'cpu', where every process here (torchrun's, or --cuda's own) has a GPU and an image of the batch."""
+    """'cuda' or 'cpu'. A UserError unless every process here (torchrun's or --cuda's) has a GPU and part of a batch."""
     place, cuda = process.place(), config.cuda
     if place.size > 1 and cuda not in (None, 0, 1, place.local_size):
         raise UserError(f"--cuda {cuda}: torchrun started {place.local_size} processes here, and each takes one GPU")
@@ -225,15 +225,15 @@ def _training_device(config: RunConfig) -> str:
         why = f"compares images with each other, which {count} processes do not share"
         raise UserError(f"--method {config.method} {why}; use one GPU")
     if device == "cpu" and config.precision == "tf32":
-        raise UserError("--precision tf32 is an arithmetic of GPUs, and this run is on the CPU; use auto, bf16 or fp32")
+        raise UserError("--precision tf32 is for GPUs only, and this run is on the CPU; use auto, bf16 or fp32")
     if device == "cpu" and config.cuda_graph is not None:
-        raise UserError("--no-cuda-graph is about GPUs, and this run is on the CPU")
+        raise UserError("--no-cuda-graph is for GPUs only, and this run is on the CPU")
     return device
 
 
 # -------------------------------------------------------------------------------------------------- resolving
 def resolve(given: Mapping[str, Any], origins: Mapping[str, str]) -> RunConfig:
-    """Every setting of a run, from what was given and the recipe."""
+    """Every setting of a run, from the given ones and the recipe."""
     auto = [key for key in ("augment", "precision") if given.get(key) == "auto"]
     data, network = names.DATASETS[given["dataset"]], given["student"]
     usual = ["image_size"] if given.get("image_size") == data.image_size else []  # the same run as without the flag
@@ -261,7 +261,7 @@ def resolve(given: Mapping[str, Any], origins: Mapping[str, str]) -> RunConfig:
 
 
 def _resolve_method(settings: dict[str, Any], origins: dict[str, str], recipe: recipes.Recipe) -> None:
-    """All options of the method: given ones before the recipe's before its own."""
+    """All options of the method; given values override the recipe's, which override the method's defaults."""
     name, known = settings["method"], methods.find(settings["method"]).options
     chosen, from_recipe = _given_options(settings, known), recipe.method_options.get(name, {})
     options = {key: option.default for key, option in known.items()} | from_recipe | chosen
@@ -279,7 +279,7 @@ def _resolve_method(settings: dict[str, Any], origins: dict[str, str], recipe: r
 
 
 def _given_options(settings: Mapping[str, Any], known: Mapping[str, methods.Option]) -> dict[str, Any]:
-    """{option: value} that was given for the method, by --method-option and by flags of their own, checked."""
+    """{option: value} given for the method by --method-option and by the options' own flags, checked."""
     name, listed = settings["method"], " ".join(known) or "none"
     given = [(f"--{key}", key, str(settings[key])) for key in OPTION_FLAGS if key in settings]
     for word in settings.get("method_option", ()):

@@ -1,9 +1,9 @@
-"""What makes our networks fast on a CPU, put in from outside: an annex that only train.py and the benchmarks open.
+"""Faster blocks for our networks on a CPU; optional, and imported by train.py and the benchmarks only.
 
-    accelerate(network)          fused blocks in the place of the network's own, for training; state-dict keys stay
-    pack(network, dtype)         of a frozen network: convolutions with ReLU and residual inside, in oneDNN's layout
+    accelerate(network)          for training: replaces the network's blocks by fused ones; state-dict keys stay
+    pack(network, dtype)         for a frozen network: convolutions with ReLU and residual inside, in oneDNN's layout
 
-Both compute the same function, gradients and running statistics as the network's own blocks, to rounding (tests/cpu).
+Both compute what the network's own blocks do, gradients and running statistics included, up to rounding (tests/cpu).
 Much of a small network's step is not in its convolutions; docs/performance.md has what each part is worth.
 """
 
@@ -27,7 +27,7 @@ class FusedBasicBlock:
 
 
 class FusedResNet:
-    """model_factory.ResNet with a fused stem; its blocks are fused by themselves."""
+    """model_factory.ResNet with a fused stem; its blocks are replaced separately."""
 
     def stem(self, images):
         return conv_norm(self.conv1, self.bn1, images)
@@ -47,19 +47,19 @@ class FusedPlaneCNN:
         return stages
 
 
-# By the names in model_factory.py.
+# By their names in model_factory.py.
 FUSED = {"BasicBlock": FusedBasicBlock, "ResNet": FusedResNet, "PlaneCNN": FusedPlaneCNN}
 
 
 def accelerate(network: nn.Module) -> bool:
-    """Put fused blocks in the place of ours, in place. Returns whether that was possible: it takes a C compiler."""
+    """Replace our blocks by fused ones, in place. Returns whether that was possible: it takes a C compiler."""
     if kernels.available():
         _fuse(network)
     return kernels.available()
 
 
 def pack(network: nn.Module, dtype: torch.dtype) -> None:
-    """Of a frozen network with folded batch norms: every such convolution as a PackedConv, in place."""
+    """Replace the convolutions with a folded batch norm in a frozen network by PackedConvs, in place."""
     _fuse(network)
     for module in list(network.modules()):
         children = list(module.named_children())
@@ -76,9 +76,9 @@ def _fuse(network: nn.Module) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees: every step needs the same tensors again, and fresh pages cost time."""
+    """Let this process keep freed memory: every step needs the same tensors again, and fresh pages cost time."""
     trim_threshold, mmap_threshold = -1, -3  # of glibc's malloc.h; elsewhere there is no such function
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(mmap_threshold, 32 << 20)  # the most it takes
+        libc.mallopt(mmap_threshold, 32 << 20)  # the maximum
         libc.mallopt(trim_threshold, 2**31 - 1)

@@ -1,5 +1,4 @@
-"""A convolution with the batch norm, residual, ReLU and max-pool behind it, in one pass over memory instead of three or
-four.
+"""A convolution with the batch norm, residual, ReLU and max-pool after it, in one pass over memory, not three or four.
 
     y = conv_norm(conv, bn, x)                       relu(bn(conv(x)))
     y = conv_norm(conv, bn, x, residual=shortcut)    relu(bn(conv(x)) + shortcut)
@@ -67,7 +66,7 @@ class PackedConv(nn.Module):
 def _applies(conv, bn, x, pool):
     return (
         x.device.type == "cpu"
-        and type(conv) is nn.Conv2d  # a subclass means something else
+        and type(conv) is nn.Conv2d  # a subclass may compute something else
         and (conv.dilation, conv.groups, conv.padding_mode) == ((1, 1), 1, "zeros")
         and type(bn) is nn.BatchNorm2d
         and bn.affine
@@ -93,7 +92,7 @@ def _size_suits(conv, x, pool):
 
 
 def _dtype(x):
-    """What autocast, where it is on, would have a convolution compute in."""
+    """The dtype that a convolution computes in, under autocast or not."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
@@ -144,7 +143,7 @@ class _ConvNorm(torch.autograd.Function):
         dx, dweight, _ = torch.ops.aten.convolution_backward(
             dz, x, weight, None, *place, (needs_x, needs_weight, False)
         )
-        dbias = torch.zeros(channels) if needs_bias else None  # batch norm subtracts a constant again
+        dbias = torch.zeros(channels) if needs_bias else None  # batch norm subtracts any constant
         return dx, dresidual, dweight, dbias, gradients[0], gradients[1], None, None, None, None
 
 

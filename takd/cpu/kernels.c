@@ -2,7 +2,7 @@
  *
  * Tensors are channels last: rows of C channels, C a multiple of 16, a row a pixel. Values are bf16 (-DBF16) or float; arithmetic is
  * float, sums over many rows double, added in an order that depends on nothing but the number of threads.
- * Compiled and called by kernels.py, which says what each function computes. Vectors are GCC's and Clang's own (16 lanes).
+ * Compiled by kernels.py, called by fused.py. Vectors are GCC's and Clang's own (16 lanes).
  *
  * Few channels would leave most of a loop's work in its edges, so several pixels are treated as one "wide" row of 64 values or more,
  * with the per-channel constants repeated along it.
@@ -225,7 +225,7 @@ static void coefficients(const double *sums, long rows, int channels, int thread
     }
 }
 
-/* Gradients of `forward`; y is NULL without a residual, dresidual where nobody asks for it. */
+/* Gradients of `forward`; y is NULL without a residual, dresidual where it is not needed. */
 void backward(const value *x, const value *y, const value *dy, value *dx, value *dresidual, long rows, int channels, const float *gamma,
               const float *beta, const float *mean, const float *invstd, float *dgamma, float *dbeta, int relu, int threads) {
     int length = wide(channels);
@@ -264,7 +264,7 @@ void backward(const value *x, const value *y, const value *dy, value *dx, value 
     }
 }
 
-/* y = max_pool_2x2(relu(batch_norm(x))), x of `images` x height x width pixels, both even. `place` says which of a pixel's four was
+/* y = max_pool_2x2(relu(batch_norm(x))), x of `images` x height x width pixels, both even. `place` is which of a pixel's four was
  * the largest, the first of equals as in PyTorch, and 4 where the ReLU let none through. */
 void forward_pool(const value *x, value *y, uint8_t *place, long images, int height, int width, int channels, const float *gamma,
                   const float *beta, float *running_mean, float *running_var, float momentum, float eps, float *mean, float *invstd,

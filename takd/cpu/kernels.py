@@ -1,4 +1,4 @@
-"""kernels.c, compiled once per machine by its own C compiler, in a few seconds, and kept in the user's cache folder."""
+"""kernels.c, compiled once per machine by its C compiler, in a few seconds, and kept in the user's cache folder."""
 
 import ctypes
 import functools
@@ -23,13 +23,13 @@ def available(dtype: torch.dtype = torch.float32) -> bool:
 
 
 def version() -> str | bool:
-    """What a run records: a digest of the kernels' source, False where they are not used."""
+    """For a run's record: a digest of the kernels' source, False if they are not used."""
     return hashlib.blake2b(SOURCE.read_bytes(), digest_size=4).hexdigest() if available() else False
 
 
 @functools.cache
 def library(dtype: torch.dtype) -> Any:
-    """The compiled kernels for a dtype, or None where there is no C compiler that makes them."""
+    """The compiled kernels for a dtype, or None if there is no C compiler that can build them."""
     if platform.system() != "Linux":
         return None
     try:
@@ -47,7 +47,7 @@ def _loaded_openmp() -> set[str]:
 
 
 def _compiled(kind: str) -> str:
-    """Path of the shared library, compiled unless this source was on this processor by this compiler before."""
+    """Path of the shared library, compiled unless this compiler, source and processor have one already."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         raise OSError("no C compiler")
@@ -64,7 +64,7 @@ def _compiled(kind: str) -> str:
             folder = Path(tempfile.mkdtemp())
             path = folder / path.name
         temporary = folder / f".{path.name}.{os.getpid()}"
-        # Linked without an OpenMP library of its own: it is to find torch's, already in the process.
+        # Linked without an OpenMP library of its own: it must use torch's, already in the process.
         subprocess.run(
             [compiler, *FLAGS, kind, "-c", str(SOURCE), "-o", f"{temporary}.o"], capture_output=True, check=True
         )

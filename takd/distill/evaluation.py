@@ -20,7 +20,7 @@ from takd.images.split import Split, Transform, evaluation_batches
 
 @contextlib.contextmanager
 def autocast(device: torch.device, precision: str) -> Iterator[None]:
-    """The arithmetic of networks: "bf16" (weights, optimizer and losses stay float32), "tf32" or IEEE "fp32"."""
+    """Run networks in a precision: "bf16" (weights, optimizer and losses stay float32), "tf32" or IEEE "fp32"."""
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"), tf32(precision == "tf32"):
         yield
 
@@ -29,7 +29,7 @@ def autocast(device: torch.device, precision: str) -> Iterator[None]:
 def tf32(allowed: bool) -> Iterator[None]:
     """Whether a GPU may round the factors of float32 convolutions and matrix products to TF32.
 
-    PyTorch's default is yes for convolutions, where nothing tells it from float32, and no for matrix products.
+    PyTorch's default is yes for convolutions, although their dtype is float32, and no for matrix products.
     """
     backends: Any = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [backend.allow_tf32 for backend in backends]
@@ -43,8 +43,8 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies bf16 itself, as all GPUs do that have TF32; elsewhere it is emulated and slower
-    than float32."""
+    """Whether the hardware has bf16 arithmetic, as all GPUs with TF32 do; elsewhere it is emulated and slower than
+    float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
@@ -55,12 +55,12 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def check_gpu(device: str) -> None:
-    """A UserError where torch cannot compute on the GPU that the driver reports: "cuda", as against "cpu"."""
+    """A UserError where torch cannot compute on the GPU that the driver reports; `device` is "cuda" or "cpu"."""
     if device != "cuda":
         return
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they say over several lines comes as an error too
+            warnings.simplefilter("ignore")  # the same comes as an error, on fewer lines
             torch.zeros(1, device="cuda").add_(1).item()
     except torch.cuda.OutOfMemoryError:
         raise
@@ -73,7 +73,7 @@ def check_gpu(device: str) -> None:
 
 
 def out_of_memory(error: Exception, fix: str) -> str:
-    """PyTorch's paragraph about a GPU's memory as one line, with what helps."""
+    """PyTorch's paragraph about a GPU's memory as one line, with a remedy."""
     return f"the GPU is out of memory: {', '.join(str(error).split('. ')[1:3]) or error}; {fix}"
 
 
@@ -113,9 +113,9 @@ def score(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
 
 
 def agreement(logits: torch.Tensor, teacher_logits: torch.Tensor) -> dict[str, float]:
-    """How near a network is to its teacher on the same images, both float32 (N, C): the share of images to which both
-    give the same class, and KL(teacher || network) of their softmax distributions at temperature 1, in nats, the mean
-    over the images.
+    """How close a network is to its teacher on the same images, both float32 (N, C): the share of images for which both
+    predict the same class, and KL(teacher || network) of their softmax distributions at temperature 1, in nats, the
+    mean over the images.
     """
     same = logits.argmax(1) == teacher_logits.argmax(1)
     network, teacher = (F.log_softmax(each.double(), dim=1) for each in (logits, teacher_logits))
@@ -124,7 +124,7 @@ def agreement(logits: torch.Tensor, teacher_logits: torch.Tensor) -> dict[str, f
 
 
 def chance_percent(labels: torch.Tensor) -> float:
-    """The accuracy of always answering the commonest class, plus four standard errors: below, nothing was learned."""
+    """The accuracy of always predicting the commonest class, plus four standard errors: below, nothing was learned."""
     share = float(torch.bincount(labels).max()) / len(labels)
     return 100 * (share + 4 * (share * (1 - share) / len(labels)) ** 0.5)
 

@@ -78,14 +78,16 @@ def similarity_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def relations(vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Of vectors (B, D), as in Park et al. 2019, eqs. 6 and 9: their distances (B, B) over the mean distance, and the
-    cosines (B, B, B) of the angles between pairs of them at a third: [i, j, k] is the one at i."""
+    """(distances (B, B) over their mean, cosines (B, B, B) of angles) of vectors (B, D): Park et al. 2019, eqs. 6, 9.
+
+    [i, j, k] is the angle at i between j and k.
+    """
     vectors = vectors.float() - vectors.float().mean(0)  # centred, so that products keep their digits
     products = vectors @ vectors.T
     own = products.diagonal()
     inner = products - products[:, :, None] - products[:, None, :] + own[:, None, None]  # (v_j - v_i) . (v_k - v_i)
     squares = inner.diagonal(dim1=1, dim2=2)
-    apart = squares > 1e-6 * (own[:, None] + own)  # else rounding, whose root has no gradient worth having
+    apart = squares > 1e-6 * (own[:, None] + own)  # below that it is rounding, whose root has no useful gradient
     distances = torch.where(apart, squares, 1.0).sqrt()
     angles = inner / (distances[:, :, None] * distances[:, None, :]) * (apart[:, :, None] & apart[:, None, :])
     distances = distances * apart
@@ -94,8 +96,8 @@ def relations(vectors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def probability_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over (B, B) of p_t log(p_t / p_s), p the images' cosine similarities (1 + cos) / 2 with rows that sum to 1:
-    Passalis and Tefas 2018, eqs. 4 to 6. Vectors (B, D), D of each its own."""
+    """Mean over (B, B) of p_t log(p_t / p_s), p the images' cosine similarities (1 + cos) / 2, rows summing to 1:
+    Passalis and Tefas 2018, eqs. 4 to 6. Vectors (B, D); D may differ."""
 
     def probabilities(vectors: Tensor) -> Tensor:
         unit = F.normalize(vectors.float(), eps=1e-7)

@@ -6,11 +6,11 @@ a batch (of the teacher only `.logits` where `needs_features` is false, so that 
 and returns a dict with `loss` and its named parts. Its options are keyword-only arguments, without defaults: the table
 has them.
 
-What a constructor may take besides, by name: `student` and `teacher`, Features of two images, to size its parameters
-by; and `labels`, int64 (N,), the training split's. What a class may set: `needs_index = True`, to be called with
-`index=`, int64 (B,), rows of the training split; `one_process = True`, where its loss is no mean over images, which
-processes could share; `epoch = 0`, to have the current epoch there, counted from 0. Buffers change in place: on a GPU a
-step is recorded once and replayed.
+A constructor may also take, by name: `student` and `teacher`, Features of two images, for the sizes of its parameters;
+and `labels`, int64 (N,), the training split's. A class may set: `needs_index = True`, to be called with `index=`, int64
+(B,), rows of the training split; `one_process = True`, if its loss is not a mean over images, so that processes cannot
+share a batch; `epoch = 0`, which is then set to the current epoch, counted from 0. Buffers must change in place: on a
+GPU a step is captured once and replayed.
 
 Stages of two networks are paired from their ends, the last with the last: a ResNet has a stem and three stages, a plain
 CNN two to four. Legend: B batch, C classes, N training images. Losses are float32 whatever precision the networks run
@@ -35,7 +35,7 @@ from takd.files import import_class
 
 
 class Features(NamedTuple):
-    """What a method may look at: stage outputs from the stem on, the pooled vector, the logits."""
+    """What a method may use of a network: stage outputs from the stem on, the pooled vector, the logits."""
 
     stages: tuple[Tensor, ...]  # of (B, channels, h, w)
     pooled: Tensor  # (B, features), the classifier's input
@@ -57,7 +57,7 @@ def total(student: Features, labels: Tensor, ce_weight: float = 1.0, **terms: tu
 
 
 class CrossEntropy(nn.Module):
-    """L = CE: ordinary training with the labels, the paper's NOKD; with a teacher too, which is then not used."""
+    """L = CE: ordinary training with the labels, the paper's NOKD; a teacher, if there is one, is not used."""
 
     needs_features = False
 
@@ -110,7 +110,7 @@ class ST(nn.Module):
 class AT(nn.Module):
     """L = CE + beta sum over stages of MSE(attention maps): attention transfer, Zagoruyko and Komodakis, ICLR 2017.
 
-    The last three stages, or as many as both have; of maps of two sizes the larger is average-pooled.
+    Over the last three stages, or as many as both have; the larger of two maps is average-pooled.
     """
 
     needs_features = True
@@ -147,8 +147,7 @@ class FSP(nn.Module):
     """L = CE + beta mean over neighbouring stages of MSE(G), G = F1 F2^T / (h w): flow between stages, Yim et al., CVPR
     2017.
 
-    In one stage of training. G is channels x channels, so both networks need the same channels in the stages that are
-    paired.
+    Trained in one stage, jointly with CE. G is channels x channels, so paired stages need equal numbers of channels.
     """
 
     needs_features = True
@@ -213,7 +212,7 @@ class RKD(nn.Module):
     """L = CE + beta (distance D + angle A), Huber losses of the relations in a batch: relational KD, Park et al., CVPR
     2019.
 
-    Of the pooled vectors. Angles take B^3 numbers: 8 MB in a batch of 128.
+    On the pooled vectors. The angles are B^3 numbers: 8 MB for a batch of 128.
     """
 
     needs_features, one_process = True, True
@@ -247,15 +246,15 @@ class CRD(nn.Module):
     """L = CE + beta (NCE of the student + NCE of the teacher): contrastive representation distillation, Tian et al.,
     ICLR 2020.
 
-    Learned embeddings of both pooled vectors; two memory banks hold every training image's. An image's own embedding in
-    the other network's bank is the positive, those of images of other classes are the negatives (drawn with
+    Learned embeddings of both pooled vectors; two memory banks hold those of every training image. An image's embedding
+    in the other network's bank is the positive, those of images of other classes are the negatives (drawn with
     replacement). exp(cos / tau) is divided by Z, set by the first batch.
     """
 
     needs_features, needs_index = True, True
     banks: Tensor  # (2, N, dimensions), the student's and the teacher's
     scales: Tensor  # (2,), Z; 0 before the first batch
-    by_class: Tensor  # (N,), each class's images stand together
+    by_class: Tensor  # (N,), rows grouped by class
     sizes: Tensor  # (C,)
 
     def __init__(
@@ -359,7 +358,7 @@ METHODS: dict[str, type[nn.Module]] = {
 }
 
 
-# ---------------------------------------------------------------------------------------- out of their names
+# ----------------------------------------------------------------------------------------------- by name
 def find(name: str) -> Any:
     """A method's class: a row of METHODS, or the class of a user's FILE.py:CLASS."""
     return METHODS[name] if name in METHODS else import_class(name)
@@ -369,8 +368,8 @@ def build(name: str, options: Mapping[str, Any], student: Features, teacher: Fea
     """The method `name` for two networks, given as Features of two images (without gradients), and a training split's
     labels (N,).
 
-    `options` are all of the method's, spelled as users do: `lambda`, a word of Python's, is `lambda_` in a constructor.
-    What goes wrong, also in a user's own method while it trains, is a UserError; a user's own is called once here.
+    `options` are all of the method's, spelled as on the command line: `lambda`, a Python keyword, is `lambda_` in a
+    constructor. Errors are UserErrors, also later in a user's own method while it trains; that is called once here.
     """
     method_class = find(name)
     parameters = inspect.signature(method_class).parameters
@@ -390,7 +389,7 @@ def build(name: str, options: Mapping[str, Any], student: Features, teacher: Fea
 
 
 def _try(method: nn.Module, student: Features, teacher: Features, labels: Tensor) -> None:
-    """One call of a user's method, before anything is written: what is wrong with it raises."""
+    """One call of a user's method, before anything is written, so that its errors appear."""
     index = torch.arange(len(student.logits), device=labels.device)
     extra = {"index": index} if getattr(method, "needs_index", False) else {}
     with torch.random.fork_rng(devices=[]):
@@ -406,7 +405,7 @@ def _as_user_error(name: str) -> Iterator[None]:
     """An exception in a method's own code as a UserError; of a user's file, with the line that raised it."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError:  # of whatever the GPU holds
+    except torch.cuda.OutOfMemoryError:  # not the method's alone
         raise
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]

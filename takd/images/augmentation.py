@@ -3,7 +3,7 @@ view).
 
 `none` has one view and `flip` two, the image and its mirror. `crop-flip` (zero padding of 4 pixels, a random crop, a
 mirror with probability 1/2: He et al. 2016) has 9 x 9 x 2 = 162: view = (row * 9 + column) * 2 + mirrored, row and
-column in 0..8 and 4 in the middle; `crop-flip-reflect` pads with the mirrored image instead of zeros.
+column in 0..8 and 4 in the middle; `crop-flip-reflect` pads by reflection instead of with zeros.
 `rotate-crop-flip` draws torchvision's transforms at random: there a view number is the seed of the draw.
 """
 

@@ -1,5 +1,4 @@
-"""CIFAR in torchvision's layout, downloaded where it is absent, with checksums; and scikit-learn's digits, which need
-no file."""
+"""CIFAR in torchvision's layout, downloaded if absent, with checksums; and scikit-learn's digits, without files."""
 
 import contextlib
 import os
@@ -30,7 +29,7 @@ def digits() -> Arrays:
 
 
 def read(name: str, dataset_dir: Path, say: Say) -> Arrays:
-    """A data set that is there, after whoever is just unpacking it."""
+    """A data set that is present, once no other process is unpacking it any more."""
     lock = dataset_dir / f".{name}.lock"
     if os.access(lock, os.W_OK):
         with locked(lock, f"the download of {name}", wait=True, say=say):
@@ -39,7 +38,7 @@ def read(name: str, dataset_dir: Path, say: Say) -> Arrays:
 
 
 def downloaded(name: str, dataset_dir: Path, allowed: bool, say: Say) -> Arrays:
-    """A data set that is not there, fetched by one process while others wait for it."""
+    """A data set that is absent, downloaded by one process while others wait for it."""
     if not allowed:
         raise UserError(f"no {name} in {dataset_dir} and downloading is off; {_manual_steps(name, dataset_dir)}")
     lock, made, before = dataset_dir / f".{name}.lock", not dataset_dir.exists(), socket.getdefaulttimeout()

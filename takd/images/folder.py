@@ -46,13 +46,13 @@ def read(name: str, folder: Path, size: int, say: Say) -> ClassFolders:
 
 
 def folder_digest(folder: str | Path) -> str:
-    """Of the names and sizes of a folder's images: what a run on them is bound to, wherever the folder lies."""
+    """Digest of the names and sizes of a folder's images, which identifies them wherever the folder is."""
     return _signature(Path(folder), _listings("folder", Path(folder)), times=False)
 
 
 # ---------------------------------------------------------------------------------------------- what is there
 def _listings(name, folder):
-    """{part: {class: paths}}; in `--dataset folder`, val stands in for an absent test, or selects the epoch."""
+    """{part: {class: paths}}; for `--dataset folder`, val replaces an absent test, or selects the epoch."""
     places = {"train": folder / "train", "test": folder / "test"}
     if name == "folder" and (folder / "val").is_dir():
         places["validation" if places["test"].is_dir() else "test"] = folder / "val"
@@ -89,7 +89,7 @@ def _listing(part, name, classes):
 
 
 def _signature(folder, listings, times=True):
-    """Of names, sizes and times of all files: a changed folder is decoded anew."""
+    """Digest of names, sizes and times of all files: a changed folder is decoded again."""
     hasher = hashlib.blake2b(digest_size=16)
     for part, listing in listings.items():
         for label, files in listing.items():
@@ -117,7 +117,7 @@ def _decoded(paths, cache, size, resize, say):
     try:
         with replacing(cache) as temporary:
             images = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-            with open(temporary, "r+b") as file:  # all of its place now: a mapped file on a full disk ends the process
+            with open(temporary, "r+b") as file:  # allocated now: a mapped file on a full disk kills the process
                 os.posix_fallocate(file.fileno(), 0, os.path.getsize(temporary))
             _decode(paths, images, resize, say)
             images.flush()
@@ -128,8 +128,8 @@ def _decoded(paths, cache, size, resize, say):
     except OSError as error:  # a read-only share, a full disk: the next start decodes again
         why, free = f"{cache} cannot be written ({error.strerror})", _free_memory()
         if needed > 0.9 * free:
-            fix = "make room there, or give a smaller --image-size"
-            memory = f"{needed / 1e9:.1f} GB of memory, of which {free / 1e9:.1f} GB are free"
+            fix = "free space there, or give a smaller --image-size"
+            memory = f"{needed / 1e9:.1f} GB of memory ({free / 1e9:.1f} GB are free)"
             raise UserError(f"{why}, and the images need {memory}; {fix}") from None
         say(f"warning: {why}: every start will decode the images")
     images = np.empty(shape, np.uint8)
@@ -143,9 +143,9 @@ def _free_memory():
 
 
 def _decode(paths, target, resize, say):
-    """Fill `target` (N, 3, H, W) from files, in threads: Pillow decodes outside Python's lock.
+    """Fill `target` (N, 3, H, W) from files, in threads: Pillow releases Python's lock.
 
-    What had to be converted is counted for the user. Files that cannot be used are one UserError, which names them.
+    Conversions are counted and reported. Files that cannot be used are one UserError, which names them.
     """
     faults, converted, reported = [], collections.defaultdict(list), time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -158,7 +158,7 @@ def _decode(paths, target, resize, say):
                 say(f"decoded {done + 1} of {len(paths)} images")
     if faults:
         shown = "; ".join(faults[:3]) + ("; ..." if len(faults) > 3 else "")
-        raise UserError(f"{len(faults)} of {len(paths)} images cannot be used, first {shown}; mend or remove them")
+        raise UserError(f"{len(faults)} of {len(paths)} images cannot be used, first {shown}; fix or remove them")
     for conversion, files in converted.items():
         say(f"images    {len(files)} {conversion} (first {files[0]})")
 
@@ -183,9 +183,9 @@ def _decode_one(path, target, resize):
 
 
 def upright_rgb(path: str) -> tuple[Any, Sequence[str]]:
-    """(a file's first picture as PIL has it, RGB and turned as its EXIF says; the conversions that it needed).
+    """(a file's first image as a PIL image, RGB and rotated by its EXIF orientation; the conversions that it needed).
 
-    Transparency is put on white. 16-bit grey is scaled to 8 bits, which Pillow's own conversion would clip.
+    Transparency is composited on white. 16-bit grey is scaled to 8 bits, which Pillow's own conversion would clip.
     """
     from PIL import Image, ImageOps
 
@@ -195,7 +195,7 @@ def upright_rgb(path: str) -> tuple[Any, Sequence[str]]:
         image: Any = file
         if image.getexif().get(0x0112, 1) != 1:  # Orientation
             image = ImageOps.exif_transpose(image)
-            conversions.append("turned as their EXIF says")
+            conversions.append("rotated by their EXIF orientation")
         if image.mode.startswith("I"):
             pixels = np.asarray(image)
             if pixels.min() < 0 or pixels.max() > 65535:
@@ -207,7 +207,7 @@ def upright_rgb(path: str) -> tuple[Any, Sequence[str]]:
         elif image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            conversions.append("with transparency, put on white")
+            conversions.append("with transparency, composited on white")
         elif image.mode != "RGB":
             conversions.append(f"of mode {image.mode}, converted to RGB")
         return image.convert("RGB"), conversions

@@ -23,7 +23,7 @@ from takd.images import augmentation
 
 
 class Transform(NamedTuple):
-    """What a network expects of its input: mean and deviation per channel, of pixels in 0..1, and height and width."""
+    """What a network expects of its input: mean and deviation per channel, of pixels in 0..1, and image size."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -40,9 +40,9 @@ class Transform(NamedTuple):
 
 
 @functools.lru_cache
-@torch.inference_mode(False)  # they outlive an evaluation that comes first
+@torch.inference_mode(False)  # cached: first used in an evaluation, they would be inference tensors in training too
 def _constants(mean, std, device):
-    """Factor and summand per channel, (2, 1, 3, 1, 1); made once, as a copy to a GPU would make each step wait."""
+    """Factor and offset per channel, (2, 1, 3, 1, 1); made once, as copying them to a GPU would make each step wait."""
     scale = [1 / (255 * deviation) for deviation in std]
     shift = [-average / deviation for average, deviation in zip(mean, std, strict=True)]
     return torch.tensor([scale, shift]).reshape(2, 1, 3, 1, 1).to(device)
@@ -56,7 +56,7 @@ class Split:
     images: torch.Tensor  # uint8 (N, 3, H, W)
     labels: torch.Tensor  # int64 (N,)
     classes: tuple[str, ...]  # class names, by label
-    transform: Transform  # what networks trained on it get
+    transform: Transform  # of the input of networks trained on it
     files: Sequence[str] = ()  # the original images, where they came from files
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class Split:
         return dataclasses.replace(self, name=name, images=self.images[index], labels=self.labels[index], files=files)
 
     def digest(self) -> str:
-        """Of the pixels and labels: what a table of logits is bound to."""
+        """Digest of the pixels and labels, which a table of logits is bound to."""
         return digest(self.images, self.labels)
 
 
@@ -120,7 +120,7 @@ def generator(seed: int, epoch: int, purpose: str) -> torch.Generator:
 
 
 class EpochPlan(NamedTuple):
-    """Which image under which view comes when in one epoch."""
+    """The order of the images in one epoch, and their views."""
 
     order: torch.Tensor  # int64 (N,), rows of the split
     views: torch.Tensor  # int64 (N,)
@@ -141,7 +141,7 @@ def step_rows(images: int, batch_size: int, first_step: int = 0) -> list[slice]:
 
 
 def evaluation_batches(split: Split, batch_size: int = 500) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(images, labels) in their order, every image once, the last partial batch included."""
+    """(images, labels) in order, every image once, the last partial batch included."""
     for start in range(0, len(split), batch_size):
         yield split.images[start : start + batch_size].to(split.device), split.labels[start : start + batch_size]
 
@@ -169,7 +169,7 @@ def fewer(train: Split, count: int) -> Split:
 
 
 def _stratified_order(train):
-    """All rows in an order whose every beginning has the classes in their proportions."""
+    """All rows, ordered so that every prefix has the classes in their proportions."""
     shuffled = torch.randperm(len(train), generator=generator(0, 0, "validation"))
     # Rank of each image within its class, as a share: the smallest shares of every class come first.
     by_class = shuffled[train.labels[shuffled].argsort(stable=True)]
@@ -181,7 +181,7 @@ def _stratified_order(train):
 
 
 def class_order(recorded: Sequence[str] | None, classes: Sequence[str]) -> list[int] | None:
-    """Where each class stands in a file that has the same ones in another order; None where nothing is to be reordered.
+    """The place of each class in a file with the same classes in another order; None if nothing needs reordering.
 
     A file that names no classes, or other ones, is matched by position.
     """

@@ -18,7 +18,7 @@ from torch import nn
 from takd.errors import UserError
 from takd.files import digest, replacing
 
-# Plain numbers that numpy wrapped: some published checkpoints hold their accuracy like this. They run no code.
+# Plain numbers as numpy scalars: some published checkpoints hold their accuracy like this. They run no code.
 NUMPY_SCALARS: list[Any] = [np.dtype, *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8")}]
 with contextlib.suppress(KeyError):
     NUMPY_SCALARS += [
@@ -82,12 +82,15 @@ def weights_of(contents: dict[str, Any], path: str | Path) -> dict[str, torch.Te
 
 
 def weights_digest(path: str | Path) -> str:
-    """Identity of the network in a checkpoint file, wherever it lies and whatever else it holds."""
+    """Identity of the network in a checkpoint file, whatever its path and other contents."""
     return digest(weights_of(read(path), path))
 
 
 def load_weights(network: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> None:
-    """Into a network that has all its keys; others stay. MNASNet looks for versions that a file has lost."""
+    """Load weights into a network that has all their keys; its other values stay.
+
+    load_state_dict alone will not do: MNASNet checks version metadata that a file has lost.
+    """
     own = network.state_dict()
     own.update(state_dict)
     network.load_state_dict(own)

@@ -1,4 +1,4 @@
-"""Lines for people: set-up, a row an epoch, progress inside it."""
+"""Console output: setup lines, one row per epoch, and progress within an epoch."""
 
 import contextlib
 import sys
@@ -8,11 +8,11 @@ from typing import Any, TextIO
 
 from takd.config.run_config import RunConfig
 
-_RECORDED_APART = ("loss", "accuracy_percent", "images_per_second", "seconds")  # what has a column of its own
+_RECORDED_APART = ("loss", "accuracy_percent", "images_per_second", "seconds")  # these have columns of their own
 
 
 class Console:
-    """On a terminal a bar shows the steps of the epoch; elsewhere a plain line a minute does."""
+    """Shows an epoch's steps as a bar on a terminal, elsewhere as one plain line per minute."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
@@ -22,7 +22,7 @@ class Console:
         print(line, file=self.stream, flush=True)
 
     def row(self, record: dict[str, Any], epochs: int, seconds_left: float) -> None:
-        """An epoch's record as one aligned row, under a heading before the first."""
+        """An epoch's record as one aligned row, with a heading above the first."""
         cells = _cells(record, epochs, seconds_left)
         if self.columns != list(cells):
             self.columns = list(cells)
@@ -55,7 +55,7 @@ class _MinuteLines:
 
 
 def setup_lines(config: RunConfig, hardware: str, student: Any) -> Iterator[str]:
-    """What a run begins with: device, student, method and recipe."""
+    """The first lines of a run: device, student, method and recipe."""
     yield f"device    {hardware}"
     parameters = sum(parameter.numel() for parameter in student.parameters())
     yield f"student   {config.student}, {parameters:,} parameters"
@@ -66,7 +66,7 @@ def setup_lines(config: RunConfig, hardware: str, student: Any) -> Iterator[str]
     milestones = " ".join(map(str, config.milestones))
     decay = f" x{config.learning_rate_decay:g} at {milestones}" if milestones else ""
     yield (
-        f"recipe    {config.recipe}: {config.epochs} epochs of batches of {config.batch_size}, rate "
+        f"recipe    {config.recipe}: {config.epochs} epochs, batch size {config.batch_size}, learning rate "
         f"{config.learning_rate:g}{decay}, momentum {config.momentum:g}{' (Nesterov)' * config.nesterov}, "
         f"weight decay {config.weight_decay:g}, augmentation {config.augment}, seed {config.seed}"
     )

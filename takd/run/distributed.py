@@ -1,7 +1,7 @@
-"""Data-parallel training: several processes, each with its part of every batch, compute what one process would, to
+"""Data-parallel training: several processes, each with its part of every batch, compute what one process would, up to
 rounding.
 
-    world = join("cpu")                      World() alone: one process, and nothing here does anything
+    world = join("cpu")                      World() alone is a single process, which communicates nothing
     ddp_student, ddp_method = world.wrap(student, method)
 
 Gradients are averaged by PyTorch's DistributedDataParallel, NCCL's on GPUs and gloo's on the CPU; batch norm is over
@@ -27,9 +27,9 @@ TIMEOUT = datetime.timedelta(days=7)
 
 
 class Part(NamedTuple):
-    """What one process takes of a step: contiguous rows of the epoch's plan, as equally many as possible in each.
+    """One process's part of a step: contiguous rows of the epoch's plan, split as evenly as possible.
 
-    A step with fewer images than there are processes is whole in each.
+    A step with fewer images than processes is not split: each process takes all of it.
     """
 
     rows: slice
@@ -53,13 +53,13 @@ def part_of(step: slice, rank: int = 0, size: int = 1) -> Part:
 
 
 class World:
-    """One of `size` processes; with size 1 every method does its work, or nothing, and communicates with nobody."""
+    """One of `size` processes. With size 1 the methods communicate nothing."""
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None, control: Any = None):
         self.rank, self.size = rank, size
         self.store, self.control = store, control
         self.is_rank_zero = rank == 0  # the process that writes
-        self.replicated = False  # whether this step's batch, too small to split, is whole in every process
+        self.replicated = False  # whether this step's batch is too small to split: every process takes all of it
 
     def parts(self, images: int, batch_size: int, first_step: int = 0) -> list[Part]:
         """This process's Part of each step of an epoch."""
@@ -70,14 +70,14 @@ class World:
         self.replicated = part.whole
 
     def broadcast(self, work: Callable[[], Any]) -> Any:
-        """What `work()` returns on rank 0, in every process. An error of it ends rank 0, and thereby the others."""
+        """What `work()` returns on rank 0, in every process. An error in it ends rank 0, and thereby the others."""
         result = [work() if self.is_rank_zero else None]
         if self.size > 1:
             distributed.broadcast_object_list(result, src=0, group=self.control)
         return result[0]
 
     def rank_zero_first(self, work: Callable[[], Any]) -> Any:
-        """`work()` of every process, rank 0's before the others': they find what it downloaded, decoded or filled."""
+        """`work()` in every process, first in rank 0: the others find what it downloaded, decoded or filled."""
         result = work() if self.is_rank_zero else None
         self.barrier()
         return result if self.is_rank_zero else work()
@@ -103,7 +103,7 @@ class World:
     def wrap(self, student: nn.Module, method: nn.Module) -> tuple[Any, Any]:
         """(student, method) to train with: gradients are the mean over the processes, batch norm is over all images.
 
-        The modules given stay what is saved and evaluated. Only their batch norms change class, in place.
+        The given modules are still the ones saved and evaluated. Only their batch norms change class, in place.
         """
         if self.size == 1:
             return student, method
@@ -116,10 +116,10 @@ class World:
         return DDPStudent(student), _ddp(method) if has_parameters else method
 
     def claims_error(self) -> bool:
-        """Whether this process is the one to print an error: the first that failed. All meet most errors alike."""
+        """Whether this process is the one to print an error: the first that failed. Most errors occur in all."""
         try:
             return self.size == 1 or self.store.add("failed", 1) == 1
-        except RuntimeError:  # the store ended with rank 0, which has printed
+        except RuntimeError:  # the store ended with rank 0, which has printed the error
             return False
 
     def is_peer_failure(self, error: Exception) -> bool:
@@ -127,7 +127,7 @@ class World:
         return self.size > 1 and (isinstance(error, distributed.DistError) or "gloo" in str(error).lower())
 
     def leave(self) -> None:
-        """For all, when everything is done."""
+        """Called by all processes when everything is done."""
         if self.size > 1:
             distributed.destroy_process_group()
 
@@ -143,7 +143,7 @@ class World:
 def join(device: str) -> World:
     """The World that the environment describes; waits until all its processes are there. `device` is 'cuda' or 'cpu'.
 
-    Raises ConnectionError where they do not come together.
+    Raises ConnectionError if they cannot connect.
     """
     place = process.place()
     if place.size == 1:
@@ -156,7 +156,7 @@ def join(device: str) -> World:
         control = distributed.new_group(backend="gloo", timeout=TIMEOUT)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ConnectionError(f"process {place.rank} of {place.size} does not reach the others: {reason}") from None
+        raise ConnectionError(f"process {place.rank} of {place.size} cannot reach the others: {reason}") from None
     return World(rank, size, store, control)
 
 
@@ -209,7 +209,7 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         wide = x.float()
         channels, count = x.shape[1], x.numel() // x.shape[1]
         variance, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
-        # Moments about the running mean, which all share: about 0 their difference would lose digits.
+        # Moments about the running mean, equal in all processes: about 0 their difference would lose digits.
         mean = mean - self.running_mean
         moments = torch.cat([count * mean, count * (variance + mean * mean), mean.new_full((1,), count)])
         moments = _AllReduceSum.apply(moments)

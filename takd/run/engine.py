@@ -19,8 +19,8 @@ class Diverged(RuntimeError):
 class TrainStep:
     """step(batch, part) -> (names, row): one update of the student on a batch, or on this process's part of it.
 
-    row: float32 (parts + 1,), the method's parts in the order of `names`, "loss" first, and the number of right
-    answers. It stays on the device: nothing here waits for a GPU.
+    row: float32 (parts + 1,), the method's parts in the order of `names`, "loss" first, and the number of correct
+    predictions. It stays on the device: nothing here waits for a GPU.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class TrainStep:
 
 
 def step_row(parts: Mapping[str, torch.Tensor], logits: torch.Tensor, labels: torch.Tensor, part: Part) -> torch.Tensor:
-    """A step's row for EpochSums; of several processes, this one's contribution to it, until `all_reduce`."""
+    """A step's row for EpochSums; with several processes, this one's contribution to it until `all_reduce`."""
     correct = (logits.detach().argmax(1) == labels).sum()
     values = [value.detach().float() for value in (*parts.values(), correct)]
     if part.share != 1:
@@ -63,14 +63,14 @@ def step_row(parts: Mapping[str, torch.Tensor], logits: torch.Tensor, labels: to
 
 
 class EpochSums:
-    """What an epoch's record is made of. Each step's values stay on the device until the epoch is over."""
+    """The values that an epoch's record is computed from. Each step's stay on the device until the epoch is over."""
 
     def __init__(self, parts: Any = (), rows: Any = (), images: Any = (), seconds: float = 0.0):
         self.parts = list(parts)  # names of the method's parts, "loss" first
         self.rows = list(rows)  # one of each step
         self.images = list(images)  # of each step
         self.seconds = seconds  # of the training part alone, by the wall clock
-        self._reduced = len(self.rows)  # rows that are the whole step's and no longer this process's part of it
+        self._reduced = len(self.rows)  # rows of the whole step, not only of this process's part of it
 
     def add(self, parts: list[str], row: torch.Tensor, images: int) -> None:
         self.parts = parts
@@ -78,7 +78,7 @@ class EpochSums:
         self.images.append(images)
 
     def all_reduce(self, total: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Make whole steps of the processes' parts; `total(tensor)` returns the sum of their tensors."""
+        """Combine the processes' parts into whole steps; `total(tensor)` returns the sum of their tensors."""
         if len(self.rows) > self._reduced:
             self.rows[self._reduced :] = total(torch.stack(self.rows[self._reduced :])).unbind()
             self._reduced = len(self.rows)

@@ -17,14 +17,14 @@ from types import FrameType
 from takd.process import STOP_SIGNALS
 
 PEER_FAILED = 76  # exit status of a process that ended only because another one did (EX_PROTOCOL of sysexits.h)
-NOTICE_SECONDS, KILL_SECONDS = 3, 15  # after one has failed: the others end by themselves, get SIGTERM, are killed
+NOTICE_SECONDS, KILL_SECONDS = 3, 15  # after a failure: until the others get SIGTERM, and until they are killed
 
 
 def launch(count: int, command: list[str], say: Callable[[str], object]) -> int:
     """Run `command` as `count` processes that find each other; returns an exit status when all have ended.
 
-    Signals that stop a run are passed on (torchrun passes on no SIGUSR1). Where one process fails the others are ended;
-    the status is 128 + a signal's number, or the first failure's. `say` gets a line about a process that was killed.
+    Signals that stop a run are forwarded (torchrun does not forward SIGUSR1). If one process fails, the others are
+    ended; the status is 128 + a signal's number, or that of the first failure. A killed process is reported with `say`.
     """
     children: list[subprocess.Popen] = []
     received: list[int] = []
@@ -52,7 +52,7 @@ def launch(count: int, command: list[str], say: Callable[[str], object]) -> int:
         ended = _wait(children)
     finally:
         for child in children:
-            child.kill()  # none is left, unless this function failed
+            child.kill()  # all have ended, unless this function failed
         for number, handler in before.items():
             signal.signal(number, handler)
     failures = {rank: status for rank, status in ended.items() if status}

@@ -1,14 +1,14 @@
 """One run's folder and records.
 
     runs/<name>/config.json                     every setting and where it came from, versions, device
-                metrics.jsonl                   a line an epoch, epochs counted from 0
+                metrics.jsonl                   one line per epoch, epochs counted from 0
                 <model>_<trial>_best.pth.tar    the best epoch's network, in the released code's format
-                last.pth.tar                    everything that continuing needs
+                last.pth.tar                    the state to continue from
                 summary.json                    written when the run is finished, and only then
                 events.out.tfevents.*           TensorBoard
 
-Commands communicate through these files; nothing parses the console. Imports no torch, so that planning and reporting
-need none.
+Commands communicate through these files; nothing parses console output. Importing this needs no torch, for planning and
+reports.
 """
 
 import contextlib
@@ -106,7 +106,7 @@ class RunDirectory:
 
 
 def _tag(key: str) -> str:
-    """train_loss -> loss/train, so that TensorBoard draws train and test into one group."""
+    """train_loss -> loss/train, so that TensorBoard shows train and test in one group."""
     part, _, rest = key.partition("_")
     return f"{rest}/{part}" if part in ("train", "test", "validation") else key
 
@@ -118,7 +118,7 @@ def _short(value: Any) -> str:
 
 # ---------------------------------------------------------------------------------------------- where it ran
 def environment(device: Any) -> Record:
-    """Where a run ran: what a reader needs to judge its times and to repeat it. `device` is a torch.device."""
+    """Hardware and versions of a run, to judge its times and to repeat it. `device` is a torch.device."""
     import numpy
     import torch
 
@@ -144,7 +144,7 @@ def processor() -> str:
 
 
 def _commit() -> str | None:
-    """This suite's commit, with a mark where files were changed since; None outside a clone."""
+    """This suite's commit, marked if files were changed since; None outside a clone."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         git = ["git", "-C", str(files.ROOT)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()

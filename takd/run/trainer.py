@@ -1,8 +1,8 @@
 """The epochs of one run: training, evaluation, records, and continuing where it stopped.
 
-Continuing goes by the run's own last.pth.tar: weights, optimizer, position (epoch and step), the epoch's sums so far
-and the generators. Order and views are functions of (seed, epoch), so they need no saving. On the CPU with the same
-number of threads and processes a continued run ends with the same bits as an undisturbed one.
+A run continues from its last.pth.tar: weights, optimizer, position (epoch and step), the epoch's sums so far and the
+generators. Order and views are functions of (seed, epoch), so they need no saving. On the CPU with the same number of
+threads and processes a continued run ends with the same bits as an uninterrupted one.
 """
 
 import sys
@@ -24,7 +24,7 @@ from takd.run.distributed import World
 from takd.run.engine import Diverged, EpochSums, TrainStep
 from takd.run.run_directory import Record, RunDirectory, environment
 
-# After a step; stopping is STOP + the signal's number. Of what the processes want, all do the greatest.
+# Decisions after a step; stopping is STOP + the signal's number. All processes follow the greatest of theirs.
 CONTINUE, SAVE, STOP = 0, 1, 2
 
 
@@ -37,14 +37,14 @@ class Context(NamedTuple):
 
 
 class Trainer:
-    """The run of a TrainStep over the epochs of its configuration, in its own folder."""
+    """Runs a TrainStep over the epochs of its configuration, and keeps its records in the run's folder."""
 
     def __init__(
         self, config: RunConfig, splits: Any, step: TrainStep, directory: RunDirectory, context: Context
     ) -> None:
         self.config, self.splits, self.step, self.directory = config, splits, step, directory
         self.world, self.console, self.signals = context
-        self.take_step: Any = step  # or what stands for it: a StepGraph
+        self.take_step: Any = step  # or a StepGraph in its place
         self.path = [*(step.teacher.path if step.teacher else ()), config.student]
         self.epoch, self.steps_done = 0, 0  # the next step to train
         self.sums = EpochSums()
@@ -52,7 +52,7 @@ class Trainer:
 
     # -------------------------------------------------------------------------------- starting and continuing
     def resume(self, recorded: Record | None, extra_environment: Record) -> None:
-        """Continue an earlier start, whose config is `recorded` (None for a new run), and record what runs now."""
+        """Continue an earlier start, whose config is `recorded` (None for a new run), and record this one."""
         if recorded and self.directory.last_file.is_file():
             self._restore()
         where = f" (continuing at epoch {self.epoch}, step {self.steps_done})" if recorded else ""
@@ -62,7 +62,7 @@ class Trainer:
         compared = ("threads", "kernels", "torch", "processes")
         if changed := [key for key in compared if key in here and before.get(key) != here[key]]:
             what = " and ".join(changed)
-            self.console.say(f"note: {what} changed since the run began: rounding will differ from an undisturbed run")
+            self.console.say(f"note: {what} changed since the run began: rounding will differ")
         if self.world.is_rank_zero:
             more = {"origins": self.config.origins, "path": self.path, "argv": sys.argv, "environment": here}
             self.directory.start(self.config.record() | more, self.epoch)
@@ -169,7 +169,7 @@ class Trainer:
         if stop := self.world.all_reduce_max(self.signals.received or 0):
             self._stop(stop)
 
-    # ------------------------------------------------------------------------------------------------- its files
+    # ---------------------------------------------------------------------------------------------------- files
     def _network_contents(self, record: Record) -> dict[str, Any]:
         """A checkpoint of the student as the released code writes it, and what evaluate.py and later runs need."""
         config, train = self.config, self.step.split
@@ -189,7 +189,7 @@ class Trainer:
         } | {key: record[key] for key in ("validation_accuracy_percent", "test_accuracy_percent") if key in record}
 
     def save_state(self) -> None:
-        """Everything that continuing needs. Every process calls this; rank 0 writes while the others wait."""
+        """Save everything needed to continue. Every process calls this; rank 0 writes while the others wait."""
         if self.world.size > 1:
             self.sums.all_reduce(self.world.all_reduce_sum)
         if self.world.is_rank_zero:
@@ -218,7 +218,7 @@ class Trainer:
             torch.cuda.set_rng_state(contents["cuda_random_state"])
 
     def summary(self) -> Record:
-        """summary.json: what the run was, its best and its last epoch, and on which split the best was selected."""
+        """summary.json: the run's settings, its best and its last epoch, and on which split the best was selected."""
         summary = self.world.broadcast(self._summarise)
         if self.world.is_rank_zero:
             self.directory.finish(summary)

@@ -1,2 +1,2 @@
-"""Many runs: plans of distillation paths, running them here or on SLURM, and reports over what runs recorded. Imports
-no torch."""
+"""Many runs: plans of distillation paths, running them here or on SLURM, and reports on their records. Imports no
+torch."""

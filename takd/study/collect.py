@@ -1,4 +1,4 @@
-"""What runs recorded, gathered: runs, groups of seeds, studies of paths, published numbers.
+"""Records of runs, gathered: runs, groups of seeds, studies of paths, published numbers.
 
 Runs are read from their folders, or from a JSON-lines file that `report.py --keep` made of such folders. Accuracies are
 of the test images, in percent: `best` at the epoch chosen on the run's selection split, `last` at the last one. Means
@@ -21,7 +21,7 @@ from takd.study import plan
 from takd.study.plan import NetworkPath
 
 OUTCOMES = ("best", "last")
-# What may differ between runs that are the same but for their seed: where and when they ran, not what was asked for.
+# What may differ between runs that are equal except for their seed: where and when they ran, not how they were trained.
 APART = {"seed", "teacher_weights", "origins", "argv", "environment", "path", "trial", *INCIDENTAL}
 
 
@@ -98,7 +98,7 @@ def collect(places: Iterable[str | Path]) -> Collection:
             _read_folders(place, found)
         else:
             raise UserError(
-                f"{place} is no folder and no .jsonl file; give folders with runs of train.py, such as runs/paths"
+                f"{place} is neither a folder nor a .jsonl file; give folders with runs of train.py, such as runs/paths"
             )
     return found
 
@@ -119,7 +119,7 @@ def _read_folders(folder: Path, found: Collection) -> None:
 
 # --------------------------------------------------------------------------------------------------- kept runs
 def keep(collection: Collection, file: Path) -> None:
-    """Write runs to one JSON-lines file: a line a study with what was planned there, and a line a run."""
+    """Write runs to one JSON-lines file: one line per study with its plan, and one line per run."""
     above = os.path.commonpath([run.folder.resolve().parent for run in collection.runs.values()])
 
     def name(folder: Path) -> str:
@@ -151,7 +151,7 @@ def _read_kept(file: Path, found: Collection) -> None:
 # ----------------------------------------------------------------------------------------------------- groups
 @dataclass
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     path: NetworkPath
     config: dict[str, Any]  # of one of them
@@ -175,7 +175,7 @@ class Group:
 
     @property
     def epoch_seconds(self) -> float | None:
-        """Median training and evaluation of one epoch, over all runs; None before the first is over."""
+        """Median time of training and evaluating one epoch, over all runs; None before the first is over."""
         seconds = [
             record["train_seconds"] + record["evaluation_seconds"] for run in self.runs for record in run.records
         ]
@@ -215,7 +215,7 @@ class Study:
     sizes: NetworkPath
     cells: dict[NetworkPath, Group]
     planned: dict[NetworkPath, int]  # number of seeds
-    ambiguous: list[NetworkPath]  # paths run under several settings, of which the cells hold one
+    ambiguous: list[NetworkPath]  # paths run with several settings; the cells hold one of these
 
     @property
     def teacher(self) -> str:
@@ -237,7 +237,7 @@ class Study:
 
     @property
     def rows(self) -> list[NetworkPath]:
-        """Those, and paths that end before the student."""
+        """The paths in `ends`, and those that end before the student."""
         paths = [path for path in {**self.planned, **self.cells} if len(path) > 1]
         leaves = [path for path in paths if not any(other[: len(path)] == path and other != path for other in paths)]
         return self.ends + [path for path in leaves if path[-1] != self.student]
@@ -251,12 +251,12 @@ class Study:
         return max(done, key=lambda path: self.mean(path, which) or 0, default=None)
 
     def short(self, path: NetworkPath) -> str:
-        """A path in bare numbers where one family makes them plain."""
+        """A path in numbers only if these are unambiguous, as within one family."""
         return " > ".join(str(plan.size(network)) if plan.one_family(self.sizes) else network for network in path)
 
 
 def studies(found: Collection) -> list[Study]:
-    """Studies among runs: one a study folder, data set and teacher; other runs by data set, recipe and epochs."""
+    """The studies among runs: one per study folder, data set and teacher; other runs by data set, recipe and epochs."""
     parts: dict[Any, list[Run]] = {}
     for run in found.runs.values():
         comparable = None if run.study else (run.config["recipe"], run.config["epochs"])
@@ -282,10 +282,10 @@ def studies(found: Collection) -> list[Study]:
 
 
 def _sizes(paths: Iterable[NetworkPath]) -> NetworkPath:
-    """The networks of paths, so that every path walks them from left to right."""
+    """The networks of paths, ordered so that every path goes through them from left to right."""
     networks = list(dict.fromkeys(network for path in sorted(paths, key=len, reverse=True) for network in path))
     ordered: list[str] = []
-    while networks:  # the first that no other of those left comes before
+    while networks:  # next, one that no remaining network precedes in a path
         free = [
             n for n in networks if not any(n in path and set(path[: path.index(n)]) & set(networks) for path in paths)
         ]

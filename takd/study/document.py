@@ -1,4 +1,4 @@
-"""Headings, paragraphs, tables and figures, written as Markdown and as one HTML page that needs nothing else."""
+"""Headings, paragraphs, tables and figures, written as Markdown and as one self-contained HTML page."""
 
 import html
 import re
@@ -37,7 +37,7 @@ class Document:
 
     def table(self, header: Sequence[str], rows: Rows, mark: int | None = None) -> None:
         """Rows of cells as text; numbers are right-aligned. The row numbered `mark` is highlighted."""
-        if rows:  # without the columns that hold nothing
+        if rows:  # empty columns are dropped
             kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
             self.blocks.append(("table", [header[i] for i in kept], [[row[i] for i in kept] for row in rows], mark))
 
@@ -79,7 +79,7 @@ class Document:
                 case "table", header, rows, mark:
                     parts.append(_html_table(header, rows, mark))
                 case "figure", _, caption, svg, _:
-                    # Two figures of one page may not share the names of their parts.
+                    # Two figures on one page must not share ids.
                     svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>part{len(parts)}-", svg[svg.index("<svg") :])
                     label = html.escape(caption)
                     look = f'<figure role="img" aria-label="{label}">'

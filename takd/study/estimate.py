@@ -1,4 +1,4 @@
-"""What a plan will take: time and disk, from earlier runs on this machine or from `train.py --measure`."""
+"""Time and disk space that a plan will take, from earlier runs on this machine or from `train.py --measure`."""
 
 import itertools
 import platform
@@ -62,8 +62,8 @@ def estimate(
 ) -> tuple[dict[Training, float], float, float]:
     """(seconds of each training, seconds of all that is left with `jobs` at once, bytes on disk at the end).
 
-    A teacher computes each image's logits once a view and seed, whichever student needs them first: a third of its
-    training step.
+    A teacher computes each image's logits once per view and seed, for the first student that needs them, at a third of
+    the cost of a training step.
     """
     seconds: dict[Training, float] = {}
     disk = 0.0
@@ -77,7 +77,7 @@ def estimate(
         data = names.DATASETS[config.dataset]
         assert data.train_images and data.classes
         seconds[student] += min(config.epochs, views or config.epochs) * costs[teacher.path[-1]].epoch_seconds / 3
-        if views:  # those that an image will have had are kept
+        if views:  # those drawn for an image are kept
             disk += 2 * data.train_images * data.classes * views * (1 - (1 - 1 / views) ** config.epochs)
     longest: dict[Training | None, float] = {None: 0}
     for training in trainings:

@@ -1,4 +1,4 @@
-"""Figures, each as (SVG text, PNG bytes): of a path study, and of one network's answers class by class.
+"""Figures, each as (SVG text, PNG bytes): of a path study, and of one network's predictions class by class.
 
 Shared look: ours in blue, the best marked in orange, trained alone in grey, published numbers small and grey.
 """
@@ -30,7 +30,7 @@ STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
 def styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Drawn]:
-    """The figure as (SVG text, PNG bytes). Needs neither window nor display."""
+    """The figure as (SVG text, PNG bytes). Needs no display."""
 
     @functools.wraps(draw)
     def drawn(*arguments: Parameters.args, **named: Parameters.kwargs) -> Drawn:
@@ -47,7 +47,7 @@ def styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Drawn]:
 # -------------------------------------------------------------------------------------------- the paper's figure 5
 @styled
 def paths(study: Study, published: Published) -> Figure:
-    """Sizes as columns, a row a path, nodes with the best test accuracy; the published number stands below."""
+    """Sizes as columns, paths as rows, nodes with the best test accuracy and the published number below."""
     rows, best = study.rows, study.best()
     columns = {network: x for x, network in enumerate(study.sizes)}
     figure = Figure(figsize=(1.75 * len(columns) + 2.2, 0.74 * (len(rows) + 1) + 1.3))
@@ -140,7 +140,7 @@ def assistants(study: Study, published: Published) -> Figure:
     labels = [name if value is None else f"{name}\nalone {value:.2f}" for name, value in zip(middle, own, strict=True)]
     right.set_xticks(range(len(middle)), labels)
     limits = (-0.6, max(len(middle) - 0.4, 0.6))
-    right.set(xlabel="the assistant, where there is one", title="By size of a single assistant", xlim=limits)
+    right.set(xlabel="the assistant, if there is exactly one", title="By size of a single assistant", xlim=limits)
     references = [((study.student,), "alone (NOKD)", GREY), ((study.teacher, study.student), "directly (BLKD)", BLUE)]
     lines = sorted((mean, name, color) for path, name, color in references if (mean := study.mean(path)) is not None)
     for axes in (left, right):
@@ -154,7 +154,7 @@ def assistants(study: Study, published: Published) -> Figure:
                     "xytext": (5, 0),
                 }
                 axes.annotate(name, (1, value), va=side, fontsize=8, color=color, annotation_clip=False, **beside)
-    handles = [Line2D([], [], marker="o", ls="", color=BLUE, label="a path (mean ± deviation of its seeds)")]
+    handles = [Line2D([], [], marker="o", ls="", color=BLUE, label="a path (mean ± standard deviation over seeds)")]
     handles.append(
         Line2D([], [], marker="o", ls="", color=BEST, label=f"best: {study.short(best)}" if best else "best")
     )
@@ -177,7 +177,7 @@ def _point(axes: Any, x: float, study: Study, path: NetworkPath, published: Publ
 # --------------------------------------------------------------------------------------------- learning curves
 @styled
 def curves(study: Study) -> Figure:
-    """Test accuracy by epoch: a panel a network, a line a path (mean of its seeds so far), coloured by teacher."""
+    """Test accuracy by epoch: one panel per network, one line per path (mean over its seeds), coloured by teacher."""
     trained = {path[-1] for path, group in study.cells.items() if group.runs}
     shown = [network for network in study.sizes if network in trained]
     width, height = min(len(shown), 3), -(-len(shown) // 3)
@@ -215,8 +215,8 @@ def curves(study: Study) -> Figure:
 
 
 # ------------------------------------------------------------------------------------------------- classes
-# From ten classes to a thousand: cells shrink down to what a small letter needs, then the figure stops growing and
-# labels are thinned.
+# From ten classes to a thousand: cells shrink until text would be too small, then the figure stops growing and some
+# labels are left out.
 BLUES = LinearSegmentedColormap.from_list("blues", ("white", PALE, BLUE, STEPS[0]))
 POINTS = 72  # an inch
 
@@ -227,7 +227,7 @@ def _cell(count: int, largest: float, longest: float) -> float:
 
 
 def _label(axis: Any, places: Sequence[int], labels: Sequence[str], cell: float) -> None:
-    """Labels as large as the rows allow, at most 9 points, and of rows too thin for 5 points only some."""
+    """Labels as large as the rows allow, 5 to 9 points; where rows are too thin for that, only some."""
     every = math.ceil(5.5 / (cell * POINTS))
     shown = [label if len(label) < 25 else f"{label[:23]}…" for label in labels]
     axis.set_ticks(places[::every], shown[::every], fontsize=min(9, max(5, cell * POINTS * 0.75)))
@@ -240,14 +240,14 @@ Percents = Sequence[float | None]  # per class, None for a class without images
 def class_accuracy(
     classes: Sequence[str], percents: Percents, overall: float, teacher: Percents | None = None
 ) -> Figure:
-    """A bar a class; more than 20 are sorted, the best first."""
+    """One bar per class; more than 20 are sorted, the best first."""
     order = list(range(len(classes)))
     if len(order) > 20:
         order.sort(key=lambda i: -(percents[i] or 0))
     cell, places = _cell(len(order), 0.34, 18), list(range(len(order)))
     figure = Figure(figsize=(8, cell * len(order) + 1.5))
     axes = figure.subplots()
-    widths, title = [percents[i] or 0 for i in order], f"this network, {overall:.2f} % over all"
+    widths, title = [percents[i] or 0 for i in order], f"this network, {overall:.2f} % overall"
     axes.barh(places, widths, height=0.75 if cell > 0.05 else 1, color=BLUE, label=title)
     if teacher:
         size = min(5, cell * POINTS * 0.4)
@@ -260,7 +260,7 @@ def class_accuracy(
             x, ink = (1, "white") if width > 10 else (1 + width, GREY)
             axes.text(x, y, text, va="center", fontsize=min(8, cell * POINTS * 0.7), color=ink)
     _label(axes.yaxis, places, [classes[i] for i in order], cell)
-    axes.set(xlim=(0, 102), ylim=(len(order) - 0.4, -0.6), xlabel="right answers, % of the class's test images")
+    axes.set(xlim=(0, 102), ylim=(len(order) - 0.4, -0.6), xlabel="correct, % of the class's test images")
     axes.set_xticks(range(0, 101, 20))
     axes.grid(axis="y", visible=False)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8.5)
@@ -270,7 +270,7 @@ def class_accuracy(
 
 @styled
 def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure:
-    """counts (C, C): images of each class (rows) by the answer (columns), coloured by their share of the class."""
+    """counts (C, C): images of each class (rows) by prediction (columns), coloured by their share of the class."""
     cell = _cell(len(classes), 0.5, 14)
     side = cell * len(classes)
     figure = Figure(figsize=(side + 2.6, side + 1.8))
@@ -285,7 +285,7 @@ def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure
     for axis in (axes.xaxis, axes.yaxis):
         _label(axis, list(range(len(classes))), classes, cell)
     axes.tick_params(axis="x", rotation=90)
-    axes.set(xlabel="answer", ylabel="class")
+    axes.set(xlabel="predicted class", ylabel="class")
     axes.grid(visible=False)
     bar: Any = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=30, ticks=(0, 1, 5, 20, 50, 100))
     bar.set_label("share of the class's images, %")

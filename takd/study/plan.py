@@ -1,8 +1,8 @@
-"""A path study's plan: which networks are trained from which, under which settings and where.
+"""A path study's plan: which networks are trained from which, with which settings and where.
 
 A path is a tuple of networks, teacher first; a path of one is a network alone (the paper's NOKD). Every prefix of a
-path is a training of its own and made once, so that five sizes need 16 distilled networks and teachers and 4 more
-alone. Each training is one run folder of train.py under the study's folder.
+path is one training, done once, so that five sizes need 16 trainings for all paths, and 4 more of networks alone. Each
+training is one run folder of train.py under the study's folder.
 """
 
 import itertools
@@ -44,7 +44,7 @@ def arrows(path: Sequence[str]) -> str:
 
 # --------------------------------------------------------------------------------------------- sizes and paths
 def check_sizes(sizes: Sequence[str]) -> str | None:
-    """Refuse sizes that are no study; returns a note for the user where one is due."""
+    """A UserError if the sizes make no study; returns a note for the user if one is due."""
     if len(sizes) < 2:
         given = " ".join(sizes) or "none"
         raise UserError(f"a study needs two or more sizes, the teacher first and the student last; given: {given}")
@@ -56,7 +56,7 @@ def check_sizes(sizes: Sequence[str]) -> str | None:
     for family in families:
         members = [
             name for name in sizes if names.family(name) == family and family != "other"
-        ]  # whose numbers are no sizes
+        ]  # the numbers in their names are not sizes
         if members != (descending := sorted(members, key=size, reverse=True)):
             raise UserError(
                 f"sizes go from the teacher down to the student: {' '.join(descending)}, not {' '.join(members)}"
@@ -99,14 +99,14 @@ def split_path(text: str, sizes: Sequence[str]) -> NetworkPath:
 
 
 def sizes_among(texts: Iterable[str]) -> list[str]:
-    """The networks of paths: one family's from the top down, else in the longest path's order, then the others."""
+    """The networks of paths: of one family, largest first; else in the longest path's order, then the others."""
     paths = sorted((split_path(text, ()) for text in texts), key=len, reverse=True)
     sizes = list(dict.fromkeys(itertools.chain.from_iterable(paths)))
     return [sizes[0], *sorted(sizes[1:], key=size, reverse=True)] if one_family(sizes) else sizes
 
 
 def choose_paths(sizes: Sequence[str], texts: Sequence[str] | None) -> list[NetworkPath]:
-    """The paths of a study: those written, or all from the first size to the last."""
+    """The paths of a study: the given ones, or all from the first size to the last."""
     if not texts:
         between = sizes[1:-1]
         subsets = (itertools.combinations(between, count) for count in range(len(between), -1, -1))
@@ -129,7 +129,7 @@ def tree(paths: Iterable[NetworkPath]) -> list[NetworkPath]:
     """Every prefix of the paths once, each teacher's students together: its table then stays in memory."""
     prefixes = dict.fromkeys(path[:length] for path in paths for length in range(1, len(path) + 1))
     ordered: list[NetworkPath] = [path for path in prefixes if len(path) == 1]
-    for parent in ordered:  # grows while it is walked
+    for parent in ordered:  # which grows in the loop
         ordered += [path for path in prefixes if path[:-1] == parent]
     return ordered
 
@@ -137,7 +137,7 @@ def tree(paths: Iterable[NetworkPath]) -> list[NetworkPath]:
 # ----------------------------------------------------------------------------------------- settings of a step
 @dataclass(frozen=True)
 class Step:
-    """Settings of the trainings whose path ends like `ending`, such as 8 or 20,8 or the whole of 110,20,8."""
+    """Settings of the trainings whose path ends with `ending`, such as 8, 20,8 or the whole path 110,20,8."""
 
     text: str
     ending: NetworkPath
@@ -165,7 +165,7 @@ def parse_step(text: str, sizes: Sequence[str], parser: flags.Parser) -> Step:
 
 
 def settings_of(path: NetworkPath, common: dict[str, Any], steps: Iterable[Step]) -> dict[str, Any]:
-    """What a training is given: the study's own settings, then steps' from the least to the most specific."""
+    """A training's settings: the study's, overridden by those of steps from the least to the most specific."""
     given = dict(common)
     for step in sorted(steps, key=lambda step: len(step.ending)):
         if step.applies_to(path):
@@ -177,7 +177,7 @@ def settings_of(path: NetworkPath, common: dict[str, Any], steps: Iterable[Step]
 
 # ------------------------------------------------------------------------------------------------- the trainings
 class Training:
-    """One run of train.py in the plan: where it is, what it is given, how far it is."""
+    """One run of train.py in the plan: its folder, settings and progress."""
 
     def __init__(
         self, folder: Path, path: NetworkPath, seed: int, given: dict[str, Any], teacher: "Training | None"
@@ -194,7 +194,7 @@ class Training:
 
     @property
     def checkpoint(self) -> Path:
-        """The best network's file: as the run's summary names it, or before there is one, as train.py will."""
+        """The best network's file: as in the run's summary, or before there is one, as train.py will name it."""
         summary = self.run.read(self.run.summary_file)
         expected = f"{names.file_name(self.path[-1])}_seed{self.seed}_best.pth.tar"
         return self.run.path / (
@@ -243,18 +243,18 @@ def plan(
 
 
 def record(folder: Path, trainings: Iterable[Training]) -> None:
-    """Note in the study's folder what is planned there, beside what was planned there before."""
+    """Record in the study's folder what is planned there, in addition to earlier plans."""
     planned = read(folder) | {training.name: {"path": training.path, "seed": training.seed} for training in trainings}
     Path(folder, "logs").mkdir(parents=True, exist_ok=True)
     files.save_json({"trainings": planned}, Path(folder) / STUDY_FILE)
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """{training name: {"path", "seed"}} planned in a folder; empty where no study was."""
+    """{training name: {"path", "seed"}} planned in a folder; empty if no study was."""
     file = Path(folder) / STUDY_FILE
     try:
         return json.loads(file.read_text(encoding="utf-8"))["trainings"]
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}); delete it, and the study's command writes it anew") from None
+        raise UserError(f"{file} cannot be read ({error}); delete it; the study's command writes it again") from None

@@ -57,7 +57,7 @@ class Runner:
         return self.stopping
 
     def stop(self, number: int, _frame: FrameType | None) -> None:
-        """Every training is asked to save and end; a second signal asks again, and they end at once."""
+        """Stop every training, which saves first; on a second signal they end at once."""
         self.stopping = number
         for process, _ in self.running.values():
             process.send_signal(signal.SIGTERM)
@@ -92,7 +92,7 @@ class Runner:
             options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
             process = subprocess.Popen(command, env=environment, start_new_session=True, **options)
         self.running[training] = process, slot
-        if self.stopping:  # the signal came between
+        if self.stopping:  # the signal came meanwhile
             process.send_signal(signal.SIGTERM)
 
     def _collect(self, say: Callable[[str], None]) -> None:
@@ -103,7 +103,7 @@ class Runner:
             self.slots.append(slot)
             if training.finished:
                 self._report(training, say)
-            elif self.stopping or training.run.in_use:  # another process was quicker: wait for it
+            elif self.stopping or training.run.in_use:  # another process has started it: wait for that
                 self.waiting.append(training)
             else:
                 self.failed[training] = _reason(process.returncode, training.log)
@@ -124,7 +124,7 @@ def _reason(status: int, log: Path) -> str:
 
 
 class Progress:
-    """All epochs of all trainings as one bar on a terminal; elsewhere only lines."""
+    """One bar for all epochs of all trainings on a terminal; elsewhere only lines."""
 
     def __init__(self, runner: Runner) -> None:
         from tqdm import tqdm

@@ -1,4 +1,4 @@
-"""Scores of networks as tables, for the console and as a report with pictures. Results are dicts, as evaluate.py --json
+"""Scores of networks as tables, for the console and as a report with figures. Results are dicts, as evaluate.py --json
 prints them."""
 
 import csv
@@ -12,21 +12,21 @@ from typing import Any, NamedTuple
 from takd.study.document import Document
 
 Result = dict[str, Any]
-BATCHES = (1, 128)  # images a call that latency is measured with
-# What a student is to save: the key in a result, its heading, and how it is shown.
+BATCHES = (1, 128)  # batch sizes that latency is measured with
+# The costs that a student should save: the key in a result, its heading, and its format.
 # fmt: off
 COSTS = {
     "parameters": ("parameters", lambda value: f"{value:,}"),
     "multiply_accumulates": ("million MACs", lambda value: f"{value / 1e6:,.2f}"),
     "weights_bytes": ("weights, MB", lambda value: f"{value / 1e6:,.2f}"),
     "file_bytes": ("file, MB", lambda value: f"{value / 1e6:,.2f}"),
-    **{f"latency_{n}_milliseconds": (f"ms a call of {n}", lambda value: f"{value:,.2f}") for n in BATCHES},
+    **{f"latency_{n}_milliseconds": (f"ms, batch of {n}", lambda value: f"{value:,.2f}") for n in BATCHES},
 }
 # fmt: on
 
 
 class Scored(NamedTuple):
-    """One network's result, with every image's label and answer for the tables by class."""
+    """One network's result, with every image's label and prediction for the tables by class."""
 
     result: Result
     classes: Sequence[str]
@@ -51,9 +51,9 @@ def score_rows(results: Iterable[Result]) -> Iterator[list[str]]:
 
 
 def cost_rows(results: Sequence[Result]) -> Iterator[list[str]]:
-    """Heading and rows of what each network costs; in brackets, how many times less than its teacher."""
+    """Heading and rows of each network's costs; in brackets, how many times less than its teacher's."""
     compared = any("teacher" in result for result in results)
-    agreement = ["as its teacher %", "KL, nats"] if compared else []
+    agreement = ["agreement %", "KL, nats"] if compared else []
     yield ["network", "learned from", *agreement, *(name for name, _ in COSTS.values())]
     for result in results:
         beside = [f"{result['agreement_percent']:.2f}", f"{result['kl_nats']:.4f}"] if "teacher" in result else ["", ""]
@@ -76,36 +76,36 @@ def text_table(rows: Iterable[Sequence[str]], left: int) -> str:
 
 
 def measured_sentence(results: Sequence[Result]) -> str:
-    """How the costs were taken."""
+    """How the costs were measured."""
     result, compared = results[0], any("teacher" in result for result in results)
     brackets = "; in brackets how many times less than the teacher's" if compared else ""
     threads = f"{result['threads']} thread{'s' * (result['threads'] > 1)}"
-    return f"Time of a call: median in float32 on {result['device']}, {threads}{brackets}."
+    return f"Time of a forward pass: median in float32 on {result['device']}, {threads}{brackets}."
 
 
 def saving_sentence(result: Result) -> str:
-    """What distillation was for."""
+    """What the student saves, in one sentence."""
     teacher, saving = result["teacher"], result["saving"]
     alone, together = (saving[f"latency_{images}_milliseconds"] for images in BATCHES)
     networks = [f"{each['model']} ({each['test_accuracy_percent']:.2f} %)" for each in (teacher, result)]
     return (
-        f"Than {networks[0]}, {networks[1]} has {saving['parameters']:.1f} times fewer parameters and "
-        f"{saving['multiply_accumulates']:.1f} times fewer MACs, and answers {alone:.1f} times as fast alone and "
-        f"{together:.1f} times by {BATCHES[-1]}; they give the same answer to {result['agreement_percent']:.2f} % of "
-        "the images."
+        f"Compared with {networks[0]}, {networks[1]} has {saving['parameters']:.1f} times fewer parameters and "
+        f"{saving['multiply_accumulates']:.1f} times fewer MACs, and is {alone:.1f} times as fast on one image and "
+        f"{together:.1f} times on a batch of {BATCHES[-1]}; they agree on {result['agreement_percent']:.2f} % of the "
+        "images."
     )
 
 
 # ------------------------------------------------------------------------------------------------- the report
 class ByClass(NamedTuple):
-    """A network's answers class by class."""
+    """A network's predictions class by class."""
 
     rows: list[dict[str, Any]]  # class, precision, recall, f1, images; averages last
-    counts: list[list[int]]  # (C, C): images of each class by the answer
+    counts: list[list[int]]  # (C, C): images of each class by prediction
 
     @property
     def accuracies(self) -> list[float | None]:
-        """Per cent of each class's images that are right; None for a class without images."""
+        """Accuracy on each class's images, in percent; None for a class without images."""
         return [100 * row[i] / sum(row) if sum(row) else None for i, row in enumerate(self.counts)]
 
 
@@ -125,14 +125,14 @@ def by_class(scored: Scored) -> ByClass:
 
 
 def write_report(folder: str | Path, networks: Sequence[Scored]) -> None:
-    """report.html, report.md, the comparison, and each file's tables and pictures; written when all is made."""
+    """report.html, report.md, the comparison, and each file's tables and figures; written when all are ready."""
     document, results = Document(folder), [scored.result for scored in networks]
     stems = folder_names(result["checkpoint"] for result in results)
     document.heading("Evaluation", 1)
     heading, *rows = score_rows(results)
     files = (result["checkpoint"] for result in results)
     document.table([*heading, "file"], [[*row, file] for row, file in zip(rows, files, strict=True)])
-    document.heading("What each costs")
+    document.heading("Costs")
     heading, *rows = cost_rows(results)
     document.table(heading, rows)
     macs = "Multiply-accumulates (MACs) are those of one image's convolutions and matrix products."
@@ -161,7 +161,7 @@ def write_report(folder: str | Path, networks: Sequence[Scored]) -> None:
 def _network_section(
     document: Document, scored: Scored, stem: str, table: ByClass, of_teacher: list[float | None] | None
 ) -> None:
-    """One network's tables and pictures, also as files in a folder of its own."""
+    """One network's tables and figures, also as files in a folder of its own."""
     from takd.study import figures
 
     result, classes, right = scored.result, scored.classes, table.accuracies
@@ -170,7 +170,7 @@ def _network_section(
     drawn = figures.class_accuracy(classes, right, result["test_accuracy_percent"], of_teacher)
     document.figure(f"{stem}/class_accuracy", drawn, "Accuracy by class.")
     document.figure(f"{stem}/confusion_matrix", figures.confusion(classes, table.counts), "Confusion matrix.")
-    document.table(["class", "taken for", "images", "of its images, %"], _confusions(classes, table.counts))
+    document.table(["class", "predicted as", "images", "% of its images"], _confusions(classes, table.counts))
     drawn = figures.classification([tuple(row.values()) for row in table.rows])
     document.figure(f"{stem}/classification_report", drawn, "Classification report.")
     each: list[dict[str, Any]] = [

@@ -48,7 +48,7 @@ def seeds_of(group: Group | None, planned: int = 0) -> str:
 
 
 def recipe_of(group: Group) -> str:
-    """The recipe, the epochs, and what is not as the recipe has it."""
+    """The recipe, the epochs, and settings that differ from the recipe."""
     config = group.config
     recipe = recipes.recipe(config["recipe"], group.path[-1])
     usual = dataclasses.asdict(recipe) | {"milestones": recipes.milestone_epochs(recipe, config["epochs"])}
@@ -76,7 +76,7 @@ def study_section(document: Document, found: Study, only: bool) -> None:
     beside = " and the paper's number" if paper else ""
     caption = (
         "Every path, as in figure 5 of the paper: test accuracy at the best epoch in percent, the mean over seeds with "
-        f"its deviation{beside} below. The best path is marked; dashed is not finished."
+        f"its standard deviation{beside} below. The best path is marked; dashed ones are not finished."
     )
     document.figure(f"figures/{slug}-paths", figures.paths(found, paper), caption)
     document.heading("All paths", 3)
@@ -90,11 +90,11 @@ def study_section(document: Document, found: Study, only: bool) -> None:
     comparison(document, found)
     if best:
         drawn = figures.assistants(found, paper)
-        document.figure(f"figures/{slug}-assistants", drawn, f"What assistants bring to {found.student}.")
+        document.figure(f"figures/{slug}-assistants", drawn, f"The effect of assistants on {found.student}.")
         rule(document, found)
     between = [path for path in [*found.cells, *found.planned] if path[-1] not in (found.student, found.teacher)]
     ordered = sorted(dict.fromkeys(between), key=lambda path: (found.sizes.index(path[-1]), -(found.mean(path) or -1)))
-    document.heading("The networks on the way", 3)
+    document.heading("Intermediate networks", 3)
     document.table(["network", *header], [[path[-1], *path_row(found, path, published, sources)] for path in ordered])
     if any(run.records for group in found.cells.values() for run in group.runs):
         caption = "Learning curves on the test images; lines are means over the seeds so far."
@@ -124,7 +124,7 @@ def citations(document: Document, lead_in: str, dataset: str, sources: Sequence[
 
 
 def lead(found: Study, best: NetworkPath | None) -> Iterator[str]:
-    """The answer first, then how much of it there is."""
+    """The best path first, then how complete the study is."""
     total = sum(found.planned.values()) or sum(len(group.runs) for group in found.cells.values())
     done = sum(len(group.finished) for group in found.cells.values())
     if best is None:
@@ -139,25 +139,25 @@ def lead(found: Study, best: NetworkPath | None) -> Iterator[str]:
         if known := ", ".join(f"{how} {value:.2f} %" for how, value in others.items() if value is not None):
             yield f"For comparison, {found.student} {known}."
         if alone is not None and alone >= (found.mean(best) or 0):
-            yield "No path is above training alone."
+            yield "No path is better than training alone."
     if done < total:
-        yield f"This is a report half-way: {done} of {total} trainings are finished; what is not is marked."
+        yield f"This report is partial: {done} of {total} trainings are finished; unfinished ones are marked."
     configs = [group.config for group in found.cells.values()]
     if any(not config["validation_split"] for config in configs):
-        yield "The best epoch was chosen on the test images, as the paper does, so its numbers flatter every row;"
-        yield "the last epoch's do not."
+        yield "The best epoch was chosen on the test images, as in the paper, so its numbers are optimistic;"
+        yield "those of the last epoch are not."
     lengths = " or ".join(map(str, sorted({config["epochs"] for config in configs})))
     yield f"Recipe {', '.join(sorted({config['recipe'] for config in configs}))}, {lengths} epochs."
     if found.ambiguous:
         ambiguous = ", ".join(dict.fromkeys(map(found.short, found.ambiguous)))
-        yield f"Run under several settings, of which the fullest and then best is shown here: {ambiguous};"
+        yield f"Paths with several settings: {ambiguous}; the one with most finished seeds, then the best, is shown;"
         yield "the leaderboard has them all."
     if len(set(map(names.family, found.sizes))) > 1:
-        yield "The sizes are of two families."
+        yield "The sizes are of several families."
 
 
 def comparison(document: Document, found: Study) -> None:
-    """Differences to direct distillation and to training alone, with a paired test over seeds."""
+    """Differences from direct distillation and from training alone, with a paired test over seeds."""
     references = {"BLKD": (found.teacher, found.student), "NOKD": (found.student,)}
     have = {name: path for name, path in references.items() if path in found.cells and found.cells[path].finished}
     paths = sorted(
@@ -188,15 +188,15 @@ def comparison(document: Document, found: Study) -> None:
         document.text(
             "With one seed no test across seeds is possible, and no difference here can be told from the noise between",
             "seeds.",
-            f"The {images:,} test images alone leave an accuracy a standard error of {error:.2f} points."
+            f"The {images:,} test images alone give an accuracy a standard error of {error:.2f} points."
             if images
             else "",
         )
     else:
         document.text(
-            "p is of a paired t-test over the seeds, corrected after Holm for the number of paths compared; below 0.05",
-            "a difference is called more than noise. Few seeds give such a test little power: no evidence is not",
-            "evidence of none.",
+            "p is that of a paired t-test over the seeds, with Holm's correction for the number of paths compared;",
+            "below 0.05 a difference counts as more than noise. With few seeds the test has little power: absence of",
+            "evidence is not evidence of absence.",
         )
 
 
@@ -224,7 +224,7 @@ def verdict(
     if better:
         yield f"Better than {what} by more than the noise between seeds: {', '.join(better)}."
     if worse:
-        yield f"Worse than {what} by more than the noise: {', '.join(worse)}."
+        yield f"Worse than {what} by more than the noise between seeds: {', '.join(worse)}."
     if not better and not worse:
         yield f"No path differs from {what} by more than the noise between seeds."
     elif len(better) + len(worse) < len(tested):
@@ -242,11 +242,11 @@ def rule(document: Document, found: Study) -> None:
         return
     measured = max(reached, key=lambda network: reached[network])
     document.heading("The paper's rule of thumb", 3)
-    agrees = "That is the one" if measured == nearest else f"Measured best is {measured}"
+    agrees = "It is indeed" if measured == nearest else f"But {measured} is"
     document.text(
         "The best single assistant should be the one whose own accuracy is nearest the mean of teacher and student,",
         f"here {middle:.2f} %:",
-        f"{nearest} with {own[nearest]:.2f} %. {agrees} with the best student here, {reached[measured]:.2f} %.",
+        f"{nearest} with {own[nearest]:.2f} %. {agrees} the one with the best student, {reached[measured]:.2f} %.",
     )
     rows = [
         [network, percent(own[network]), f"{abs(own[network] - middle):.2f}", percent(after[network])]
@@ -258,7 +258,7 @@ def rule(document: Document, found: Study) -> None:
 
 # ------------------------------------------------------------------------------------------------ leaderboard
 def leaderboard(document: Document, groups: Sequence[Group]) -> None:
-    """Every group of seeds, best first, a table a data set."""
+    """Every group of seeds, best first, one table per data set."""
     document.heading("Leaderboard")
     for dataset in dict.fromkeys(group.config["dataset"] for group in groups):
         members = ranked([group for group in groups if group.config["dataset"] == dataset])
@@ -290,13 +290,13 @@ def leaderboard(document: Document, groups: Sequence[Group]) -> None:
             "last, %",
         ]
         document.heading(dataset, 3)
-        document.table([*header, "s an epoch", "published"], rows)
+        document.table([*header, "s per epoch", "published"], rows)
         lead_in = "Published, of the same data set, path and method, but each with its own recipe:"
         citations(document, lead_in, dataset, cited)
 
 
 def ranked(groups: Sequence[Group]) -> list[Group]:
-    """Networks in the order of their best rows, and of each network the best row first."""
+    """Networks in the order of their best rows, and each network's rows best first."""
     top = {group.path[-1]: 0.0 for group in groups}
     for group in groups:
         top[group.path[-1]] = max(top[group.path[-1]], group.mean("best") or 0)
@@ -304,7 +304,7 @@ def ranked(groups: Sequence[Group]) -> list[Group]:
 
 
 def compact_table(groups: Sequence[Group]) -> Document:
-    """One table of finished groups, for a README: accuracy, the paper's, and the mean minutes of a run."""
+    """One table of finished groups, for a README: accuracies, the paper's number, and the mean minutes of a run."""
     document, rows = Document(""), []
     for group in ranked([group for group in groups if group.finished]):
         paper = collect.published_for(group.config["dataset"], group.path, group.method).get("paper")
@@ -337,7 +337,7 @@ def cost_section(document: Document, runs: Sequence[Run], price: float | None) -
     finished = sum(run.finished for run in runs)
     document.text(
         f"{len(runs)} run{'s' * (len(runs) != 1)}, {finished} finished: {duration(seconds)} of training and evaluation "
-        f"({seconds / 3600:.2f} hours of a device{spent}), the start of programs and the teachers' tables not counted."
+        f"({seconds / 3600:.2f} device hours{spent}), without start-up and the teachers' tables."
     )
     shown = ("device", "threads", "precision", "torch", "python", "host", "commit")
     places: dict[tuple[str, ...], list[Run]] = {}
@@ -361,4 +361,4 @@ def cost_section(document: Document, runs: Sequence[Run], price: float | None) -
         members = by_network[dataset, network]
         epochs = sum(len(run.records) for run in members)
         rows.append([dataset, network, str(epochs), f"{sum(run.seconds for run in members) / epochs:.1f}"])
-    document.table(["data set", "network", "epochs trained", "seconds an epoch"], rows)
+    document.table(["data set", "network", "epochs trained", "seconds per epoch"], rows)

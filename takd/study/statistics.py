@@ -14,13 +14,13 @@ class Difference:
     mean: float
     deviation: float | None
     seeds: int
-    p: float | None  # of a paired t-test; None where there is none: one seed, or no spread at all
+    p: float | None  # of a paired t-test; None with one seed or no spread
 
 
 def difference(group: Group, reference: Group, which: str) -> Difference | None:
-    """None where the two share no finished seed."""
+    """None if the two share no finished seed."""
     ours, theirs = group.values(which), reference.values(which)
-    pairs = [round(ours[seed] - theirs[seed], 9) for seed in ours if seed in theirs]  # rounding errors are no spread
+    pairs = [round(ours[seed] - theirs[seed], 9) for seed in ours if seed in theirs]  # rounding errors are not spread
     if not pairs:
         return None
     deviation = statistics.stdev(pairs) if len(pairs) > 1 else None
@@ -45,7 +45,7 @@ def holm(differences: Sequence[Difference | None]) -> list[float | None]:
 
 
 def standard_error(percent: float, images: int) -> float:
-    """Of an accuracy measured on so many test images, in points."""
+    """Of an accuracy measured on this many test images, in points."""
     share = percent / 100
     return 100 * (share * (1 - share) / images) ** 0.5
 
