@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Data sets by name -> splits of labelled images, whole in memory.
+"""Data sets by name -> splits of labelled images, held in memory.
 
     splits = read("cifar100", "data")                      splits.train, splits.test
-    splits = load(config, print)                           as a run needs them: images held out, fewer; on its device
+    splits = load(config, print)                           for a run: with its validation split, on its device
 
-  python3 data_loader.py --download cifar10 cifar100 --dataset-dir data      now, as on a cluster's login node
+  python3 data_loader.py --download cifar10 cifar100 --dataset-dir data      in advance, as on a login node
 
 A data set is a row of DATASETS in takd/config/names.py and a branch of `read`; folders of images need neither.
 """
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from takd.config import flags, names
 
-if __name__ == "__main__":  # wrong arguments are answered before torch is imported, which takes seconds
+if __name__ == "__main__":  # usage errors are reported before torch is imported, which takes seconds
     ARGUMENTS = flags.download_parser(__doc__).parse_args()
     flags.check_packages("data_loader.py", "torch", "torchvision")
 
@@ -46,7 +46,7 @@ def load(config: RunConfig, say: Say) -> Splits:
     splits = read(config.dataset, config.dataset_dir, config.download is not False, say, config.image_size or 0)
     if config.validation_split:
         if splits.validation:
-            fix = "leave --validation-split away"
+            fix = "leave out --validation-split"
             raise UserError(f"{config.dataset_dir} has a val folder, which selects the epoch; {fix}")
         train, validation = hold_out(splits.train, config.validation_split)
         splits = splits._replace(train=train, validation=validation)
@@ -65,9 +65,9 @@ def read(
 ) -> Splits:
     """The splits of a data set, on the CPU; networks get images of `image_size` (0: the data set's usual one).
 
-    Looked for in this order: torchvision's layout in `dataset_dir`, class folders in `dataset_dir/<name>`, and the
-    network if `download`; of the data set `folder`, `dataset_dir` itself holds the class folders, and a `val` beside
-    `test` becomes the validation part. Whatever is missing or damaged is a UserError with what to do.
+    Looked for in this order: torchvision's layout in `dataset_dir`, class folders in `dataset_dir/<name>`, and a
+    download if `download`. For the data set `folder`, `dataset_dir` itself holds the class folders, and a `val` beside
+    `test` becomes the validation part. Missing or damaged files are UserErrors with what to do.
     """
     name, place, files = names.dataset(name), Path(dataset_dir), {}
     spec = names.DATASETS[name]
@@ -91,7 +91,7 @@ def read(
 
 
 def random_split(name: str, image_size: int | None = None, count: int | None = None) -> Split:
-    """Images of random pixels in a data set's shape, two of each class or `count`: where no real ones are needed."""
+    """Images of random pixels in a data set's shape, two of each class or `count`, if no real ones are needed."""
     spec = names.DATASETS[name]
     classes = spec.classes or 10
     count = count or 2 * classes
@@ -101,7 +101,7 @@ def random_split(name: str, image_size: int | None = None, count: int | None = N
 
 
 def main() -> None:
-    """Download what is not there, and print where it is."""
+    """Download what is missing, and print where the data sets are."""
     place = Path(ARGUMENTS.dataset_dir)
     for name in ARGUMENTS.download:
         splits = read(name, ARGUMENTS.dataset_dir, say=print)

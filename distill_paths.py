@@ -6,8 +6,8 @@
   python3 distill_paths.py --family resnet --paths 110,20,8 110,8 --set 8:temperature=5 --seeds 1 2 3 --dry-run
   python3 distill_paths.py --family resnet --cuda 1 --slurm --account def-me --gpu-type h100 --time 3:00:00 --memory 8G
 
-The sizes alone (the paper's NOKD) are trained as well. Everything lands under --runs, the report beside it. The same
-command again continues: what is finished is skipped, what failed is repeated. Every other flag of train.py (--dataset,
+Each size is also trained alone (the paper's NOKD). The runs and the report are written to --runs. The same command
+again continues: finished trainings are skipped, failed ones repeated. Every other flag of train.py (--dataset,
 --epochs, --recipe, --temperature, --cuda ...) is passed on to each training.
 """
 
@@ -32,7 +32,7 @@ from takd.study.plan import Training
 from takd.study.runner import Runner
 
 HERE = Path(__file__).resolve().parent
-SITE = tuple(slurm.Site.__dataclass_fields__)  # settings that are sbatch's
+SITE = tuple(slurm.Site.__dataclass_fields__)  # settings for sbatch
 
 
 # ------------------------------------------------------------------------------------------------ arguments
@@ -43,36 +43,36 @@ def build_parser() -> flags.Parser:
     section("study")
     flag("--sizes", nargs="+", type=flags.network, metavar="NAME", help="networks, the teacher first, the student last")
     flag("--family", choices=tuple(plan.FAMILIES), help="the paper's sizes of a family")
-    flag("--paths", nargs="+", metavar="A,B,C", help="only these paths, such as 110,20,8 (without: all)")
+    flag("--paths", nargs="+", metavar="A,B,C", help="only these paths, such as 110,20,8 (default: all)")
     flag("--set", nargs="+", action="extend", metavar="SIZE:KEY=VALUE,...",
          help="settings of single steps: 8:temperature=5,lambda=.15 for each training of size 8, 20,8:... for those "
          "from 20, 110,20,8:... for that path; @FILE reads them from a file")
     flag("--seeds", nargs="+", type=number(int, minimum=0), default=(flags.DEFAULT_SEED,), metavar="N",
-         help="the whole study once for each")
+         help="run the whole study once per seed")
     flag("--runs", metavar="DIR", default="runs/paths", help="folder for the runs and the report")
     flag("--only", nargs="+", metavar="RUN", help="only these trainings, no report (for packed SLURM jobs)")
     switch("--dry-run", "show plan, estimate and commands; train nothing")
-    section("here")
-    flag("--jobs", type=number(int, minimum=1), metavar="N", help="trainings at once (default: 1, or one a GPU)")
+    section("on this machine")
+    flag("--jobs", type=number(int, minimum=1), metavar="N", help="trainings at once (default: 1, or one per GPU)")
     flag("--gpus", nargs="+", metavar="ID", help="GPUs to spread the trainings over, such as 0 1")
     section("on SLURM")
     switch("--slurm", "submit with sbatch (with --dry-run: print the commands)")
-    flag("--pack", type=number(int, minimum=1), metavar="N", help="up to N students of one teacher in a job")
-    flag("--account", metavar="NAME", help="what is not given is left to SBATCH_* variables and the site's defaults")
+    flag("--pack", type=number(int, minimum=1), metavar="N", help="train up to N students of one teacher in one job")
+    flag("--account", metavar="NAME", help="to charge; options not given come from SBATCH_* variables or the site")
     flag("--gpu-type", metavar="TYPE[:N]", help="GPU of a job, such as h100")
-    flag("--time", metavar="H:MM:SS", help="limit of a job; one that reaches it saves, is requeued and continues")
-    flag("--memory", "--mem", metavar="SIZE", help="of a job, such as 8G")
-    flag("--cpus", type=number(int, minimum=1), metavar="N", help="of a job")
-    flag("--modules", metavar="NAMES", help='to load in a job, such as "python/3.11" (or $TAKD_MODULES)')
-    flag("--venv", metavar="DIR", help="to activate in a job (or $TAKD_VENV; without: this Python)")
-    flag("--stage", nargs="+", metavar="FILE", help="archives or folders for $SLURM_TMPDIR/data (or $TAKD_STAGE)")
+    flag("--time", metavar="H:MM:SS", help="time limit of a job; one that reaches it saves, is requeued and continues")
+    flag("--memory", "--mem", metavar="SIZE", help="memory of a job, such as 8G")
+    flag("--cpus", type=number(int, minimum=1), metavar="N", help="cores of a job")
+    flag("--modules", metavar="NAMES", help='modules to load in a job, such as "python/3.11" (or $TAKD_MODULES)')
+    flag("--venv", metavar="DIR", help="environment to activate in a job (or $TAKD_VENV; default: this Python)")
+    flag("--stage", nargs="+", metavar="FILE", help="archives or folders to put in $SLURM_TMPDIR/data (or $TAKD_STAGE)")
     flag("--sbatch", action="append", metavar="OPTION", help="any further option, such as --sbatch=--partition=gpu")
     return parser
 # fmt: on
 
 
 class Study(NamedTuple):
-    """What the command line asks for: sizes, paths, settings of single steps, and of every training."""
+    """The command line's study: sizes, paths, settings of single steps and of all trainings."""
 
     args: argparse.Namespace
     sizes: tuple[str, ...]
@@ -82,7 +82,7 @@ class Study(NamedTuple):
 
 
 def read_arguments(argv: list[str]) -> Study:
-    """Ends with a usage error where something is wrong."""
+    """Exits with a usage error if something is wrong."""
     parser = build_parser()
     args, passed_on = parser.parse_known_args(argv)
     trainer = flags.train_parser()
@@ -121,7 +121,7 @@ def read_arguments(argv: list[str]) -> Study:
 
 
 def check_places(args: argparse.Namespace, common: Mapping[str, Any]) -> None:
-    """Flags that would have no effect where the study is to run, GPUs and programs that are not there."""
+    """Refuse flags without effect where the study is to run, and GPUs and programs that are missing."""
     if args.slurm:
         if args.gpus:
             raise UserError("--gpus is for trainings here; on SLURM name the GPU of a job with --gpu-type")
@@ -151,7 +151,7 @@ def show_plan(study: Study, trainings: Sequence[Training], configs: Mapping[Trai
     count, done = len(trainings), sum(training.finished for training in trainings)
     seeds = " ".join(map(str, args.seeds))
     print(f"{study.sizes[0]} > ... > {study.sizes[-1]} on {dataset}: {count} trainings", end=" ")
-    print(f"({count // len(args.seeds)} a seed, seeds {seeds}), {done} finished; {args.runs}\n")
+    print(f"({count // len(args.seeds)} per seed, seeds {seeds}), {done} finished; {args.runs}\n")
     by_path: dict[plan.NetworkPath, list[Training]] = {}
     for training in trainings:
         by_path.setdefault(training.path, []).append(training)
@@ -164,7 +164,7 @@ def show_plan(study: Study, trainings: Sequence[Training], configs: Mapping[Trai
         print(f"{text:<40} {takes:>10}  {alone}{state}".rstrip())
     if costs:
         print(
-            f"\nestimate: {duration(total)} for what is left, {jobs} at once, and some seconds to start each;", end=" "
+            f"\nestimate: {duration(total)} for what is left, {jobs} at once, plus some seconds to start each;", end=" "
         )
         print(f"{disk / 1e9:.2f} GB on disk at the end, tables included")
     print("\ncommands:")
@@ -190,10 +190,10 @@ def drawn_tree(paths: Sequence[plan.NetworkPath]) -> Iterator[tuple[str, plan.Ne
 
 
 def known_costs(study: Study, configs: Mapping[Training, RunConfig]) -> dict[str, estimate.Cost]:
-    """{network: Cost} from earlier runs of this machine, else measured now; empty where neither works."""
+    """{network: Cost} from earlier runs on this machine, else measured now; empty if neither works."""
     config = next(iter(configs.values()))
     if DATASETS[config.dataset].classes is None:
-        print("no estimate: how many images a folder holds is known when it is read\n")
+        print("no estimate: the number of images in a folder is known only when it is read\n")
         return {}
     try:
         device = flags.device_name(config.cuda)

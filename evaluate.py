@@ -3,10 +3,10 @@
 
   python3 evaluate.py --checkpoint runs/NAME/plane2_seed1_best.pth.tar --dataset-dir data
   python3 evaluate.py --checkpoint resnet110_XXXX_best.pth.tar --model resnet110 --dataset cifar100 --json
-  python3 evaluate.py --checkpoint STUDENT --teacher-checkpoint TEACHER --report scores      pictures, what it saves
+  python3 evaluate.py --checkpoint STUDENT --teacher-checkpoint TEACHER --report scores      with figures and costs
 
 Reads what train.py, the released TAKD code and RepDistiller write; --model and --dataset are needed only where a file
-has neither. Several files give one table, or with --json one object a line. A report is report.html (and .md),
+has neither. Several files give one table, or with --json one object per line. A report is report.html (and .md),
 comparison.csv and .json, and a folder for each file: accuracy by class, confusion matrix and classification report as
 CSV, JSON, PNG and SVG.
 """
@@ -28,22 +28,22 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(__doc__)
     flag, switch = parser.flag, parser.switch
     flag("--checkpoint", nargs="+", required=True, metavar="FILE", help="files to score")
-    flag("--model", type=flags.network, metavar="NAME", help="the network in the files, where they do not name it")
-    flag("--dataset", type=flags.dataset, metavar="NAME", help=f"{' '.join(names.DATASETS)} (without: the file's own)")
+    flag("--model", type=flags.network, metavar="NAME", help="the network in the files, if they do not name it")
+    flag("--dataset", type=flags.dataset, metavar="NAME", help=f"{' '.join(names.DATASETS)} (default: the file's own)")
     flag("--dataset-dir", default="./data", metavar="DIR", help="where the data set is, or is downloaded to")
-    flag("--image-size", type=flags.number(int, minimum=8), metavar="N", help="of the networks, where a file lacks it")
-    switch("--no-download", "never touch the network")
-    flag("--teacher-checkpoint", metavar="FILE", help="a teacher to compare with: agreement, and savings")
-    flag("--teacher", type=flags.network, metavar="NAME", help="the network in the teacher's file, where unnamed")
-    flag("--report", metavar="DIR", help="write tables and pictures there, as report.html and as files")
-    flag("--cuda", type=flags.cuda, metavar="N", help="1 or yes, 0 or no (without the flag: a GPU if there is one)")
+    flag("--image-size", type=flags.number(int, minimum=8), metavar="N", help="input size, if a file lacks it")
+    switch("--no-download", "never download a data set")
+    flag("--teacher-checkpoint", metavar="FILE", help="a teacher to compare with: agreement and savings")
+    flag("--teacher", type=flags.network, metavar="NAME", help="the network in the teacher's file, if unnamed")
+    flag("--report", metavar="DIR", help="folder for a report, with tables and figures as files")
+    flag("--cuda", type=flags.cuda, metavar="N", help="1 or yes, 0 or no (default: a GPU if there is one)")
     switch("--json", "print JSON; other lines go to standard error")
     return parser
 # fmt: on
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments, with the device. Ends with a usage error where they are wrong, before anything is read."""
+    """The arguments, with the device. Exits with a usage error if they are wrong, before anything is read."""
     parser = build_parser()
     args = parser.parse_args(argv)
     args.dataset_dir = args.dataset_dir or parser.defaults["dataset_dir"]
@@ -62,7 +62,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__":  # wrong arguments are answered before torch is imported, which takes seconds
+if __name__ == "__main__":  # usage errors are reported before torch is imported, which takes seconds
     ARGUMENTS = parse(sys.argv[1:])
     flags.check_packages(
         "evaluate.py", "torch", "torchvision", "numpy", *(("sklearn", "matplotlib") if ARGUMENTS.report else ())
@@ -134,7 +134,7 @@ def evaluate(
     network, metadata = model_factory.load(path, model, args.image_size)
     dataset = dataset or metadata.get("dataset")
     if dataset is None:
-        raise UserError(f"{path} does not say what it was trained on; name the data set with --dataset")
+        raise UserError(f"{path} does not record its data set; name it with --dataset")
     key = dataset, metadata["image_size"]
     if key not in splits:
         read = data_loader.read(
@@ -185,7 +185,7 @@ def in_order(logits: torch.Tensor, path: str, metadata: dict[str, Any], dataset:
 
 
 def costs(network: torch.nn.Module, test: Split, path: str, measure: bool) -> dict[str, Any]:
-    """What the network costs: its weights and operations, and if `measure`, the time of calls on this device."""
+    """The network's weights and operations and, if `measure`, its latency on this device."""
     known: dict[str, Any] = {
         "parameters": model_factory.count_parameters(network),
         "multiply_accumulates": evaluation.multiply_accumulates(network, test.image_size),
@@ -202,7 +202,7 @@ def costs(network: torch.nn.Module, test: Split, path: str, measure: bool) -> di
 
 
 def evaluate_teacher(dataset: str, args: argparse.Namespace, splits: dict[Any, Split]) -> Evaluation:
-    """The teacher's scores. One that only guesses is refused: agreeing with it would mean nothing."""
+    """The teacher's scores. One no better than guessing is refused: agreement with it would mean nothing."""
     path = args.teacher_checkpoint
     teacher = evaluate(path, args.teacher, dataset, args, splits)
     if teacher.only_guesses:
@@ -212,7 +212,7 @@ def evaluate_teacher(dataset: str, args: argparse.Namespace, splits: dict[Any, S
 
 
 def compared(student: Evaluation, teacher: Evaluation) -> Evaluation:
-    """The student beside its teacher: how often they agree, and how many times less the student costs."""
+    """The student with its comparison: how often it agrees with its teacher, and how many times less it costs."""
     saving = {key: teacher.result[key] / student.result[key] for key in COSTS}
     agreement = evaluation.agreement(student.logits, teacher.logits)
     return student._replace(result=student.result | {"teacher": teacher.result, **agreement, "saving": saving})

@@ -1,13 +1,13 @@
-"""Names -> networks: the plain CNNs and the CIFAR ResNets of the paper, torchvision's, a user's own; and reading one
-out of a file.
+"""Names -> networks: the plain CNNs and the CIFAR ResNets of the paper, torchvision's, a user's own; and loading
+one from a file.
 
     network = create("resnet20", classes=100)
     logits = network(images)                                # (B, 3, H, W) -> (B, C)
     stages, pooled, logits = network.forward_features(images)
 
-Parameter counts, state-dict keys and initialisation are those of the released TAKD code, so files go both ways; the
-ResNets are also those of RepDistiller, key for key. A new network is a class here, a branch of `create` and a name in
-takd/config/names.py. Legend: B batch, C classes, H W height and width.
+Parameter counts, state-dict keys and initialisation are those of the released TAKD code, so either can load the
+other's files; the ResNets also have RepDistiller's keys. A new network is a class here, a branch of `create` and a name
+in takd/config/names.py. Legend: B batch, C classes, H W height and width.
 """
 
 import inspect
@@ -36,8 +36,8 @@ State = Mapping[str, torch.Tensor]
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut; where the shape changes, the shortcut is a 1x1 convolution with batch norm.
 
-    `padded` makes it He et al.'s option A instead: every other pixel, and zeros in the channels that are new, half on
-    either side.
+    `padded` makes it He et al.'s option A instead: every other pixel, and zeros in the new channels, half on either
+    side.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, padded: bool) -> None:
@@ -68,7 +68,7 @@ class BasicBlock(nn.Module):
 class ResNet(nn.Module):
     """ResNet of depth 6n + 2 for 32x32 images (He et al. 2016, section 4.2), stages of 16, 32 and 64 channels.
 
-    `padded`: with shortcuts without weights (option A there), else projections (option B), as the released code.
+    `padded`: shortcuts without weights (option A there), else projections (option B), as in the released code.
     """
 
     def __init__(self, depth: int, classes: int, padded: bool = False) -> None:
@@ -108,7 +108,7 @@ class ResNet(nn.Module):
 
 # --------------------------------------------------------------------------------------------- the plain CNNs
 # Mirzadeh et al. 2020, appendix: 'C32' a 3x3 convolution with batch norm and ReLU, 'MP' a 2x2 max-pool, 'FC64' a hidden
-# linear layer with ReLU; the last linear layer follows from the classes. The paper has one column for CIFAR-10 and one
+# linear layer with ReLU; the last linear layer has one output per class. The paper has one column for CIFAR-10 and one
 # for CIFAR-100: up to ten classes take the first.
 PLANES_10 = {
     2: "C16 MP C16 MP",
@@ -156,7 +156,7 @@ class PlaneCNN(nn.Module):
         self.fc_layers = nn.Sequential(*linears)
 
     def stages(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """What each pool puts out, and the last layer where that is none."""
+        """The output of each pool, and of the last layer if that is not a pool."""
         x, stages = images, []
         for layer in self.conv_layers:
             x = layer(x)
@@ -177,7 +177,7 @@ class PlaneCNN(nn.Module):
 def create(name: str, classes: int, image_size: int = 32, pretrained: bool = False) -> nn.Module:
     """A freshly initialised network by name, drawing from torch's global generator. Unknown names are UserErrors.
 
-    `pretrained`: with torchvision's weights, but for the last layer, which is new for these classes.
+    `pretrained`: with torchvision's weights except for the last layer, which is new for these classes.
     """
     name = names.network(name)
     torchvision_name = names.torchvision_name(name)
@@ -219,7 +219,7 @@ class _HookedFeatures:
 
     def forward_features(self: Any, images: torch.Tensor) -> Features:
         """Stages: the last square map at each size in the network's sequence. Pooled: the classifier's input."""
-        maps, inputs_of = {}, {}  # by size; of the last linear layer (True) and of the last convolution (False)
+        maps, inputs_of = {}, {}  # by size; of the last linear layer (True) and convolution (False)
 
         def note_map(module, _, output):
             square = isinstance(output, torch.Tensor) and output.dim() == 4 and output.shape[2] == output.shape[3]
@@ -242,7 +242,7 @@ class _HookedFeatures:
 
 
 def _in_sequence(module):
-    """The modules that a network is made of one after the other: a ResNet's blocks, a VGG's layers."""
+    """The modules that a network applies one after the other: a ResNet's blocks, a VGG's layers."""
     for child in module.children():
         single = len(list(module.children())) == 1
         if (single or isinstance(child, nn.Sequential | nn.ModuleList)) and any(True for _ in child.children()):
@@ -252,9 +252,9 @@ def _in_sequence(module):
 
 
 def _with_features(network, name, classes, image_size):
-    """The network, given forward_features where it has none. A UserError where it makes no (B, C) logits."""
+    """The network, with forward_features added if it has none. A UserError if its output is not (B, C) logits."""
     if not hasattr(network, "forward_features"):
-        own = type(network)  # whose module stays: takd/cpu tells our classes from others by it
+        own = type(network)  # whose __module__ is kept: takd/cpu recognises our classes by it
         network.__class__ = type(own.__name__, (_HookedFeatures, own), {"__module__": own.__module__})
     size = f"{image_size}x{image_size}"
     try:
@@ -265,8 +265,8 @@ def _with_features(network, name, classes, image_size):
         raise UserError(f"{name} does not work with {size} images ({reason}); another --image-size?") from None
     if not isinstance(logits, torch.Tensor) or logits.shape != (2, classes):
         shape = tuple(logits.shape) if isinstance(logits, torch.Tensor) else f"a {type(logits).__name__}"
-        fix = "its last layer must have a value a class"
-        raise UserError(f"{name} makes {shape} of 2 images, not logits (2, {classes}): {fix}")
+        fix = "its last layer must have one output per class"
+        raise UserError(f"{name} returns {shape} for 2 images, not logits (2, {classes}): {fix}")
     return network.train()
 
 
@@ -284,13 +284,13 @@ def _from_torchvision(name, classes, image_size, pretrained):
     try:
         network = torchvision.models.get_model(name, weights=None, **options)
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise UserError(f"torchvision's {name} takes no {size} images ({error}); another --image-size?") from None
+        raise UserError(f"torchvision's {name} cannot take {size} images ({error}); another --image-size?") from None
     if pretrained:
         *_, head = (key for key, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
         new = f"{head}.weight", f"{head}.bias"
         try:
             load_weights(network, {key: value for key, value in _pretrained_state(name).items() if key not in new})
-        except RuntimeError:  # positions of a transformer
+        except RuntimeError:  # a transformer's position embeddings
             raise UserError(
                 f"--pretrained: torchvision's {name} was trained on images of another size than {size}"
             ) from None
@@ -303,10 +303,10 @@ def _pretrained_state(name):
 
     weights = torchvision.models.get_model_weights(name).DEFAULT
     file, before = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name, socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # seconds of silence, as for data sets
+    socket.setdefaulttimeout(20)  # seconds without data, as for data sets
     try:
         if file.is_file():
-            checkpoint.weights_of(checkpoint.read(file), file)  # which executes nothing
+            checkpoint.weights_of(checkpoint.read(file), file)  # executes nothing
         return torchvision.models.get_model(name, weights=weights, progress=False).state_dict()
     except OSError as error:
         reason, fix = getattr(error, "reason", error), f"fetch {weights.url} and put it at {file}"
@@ -329,29 +329,29 @@ def _from_file(name, classes, image_size):
     except Exception as error:
         raise UserError(f"{name} cannot be made for {classes} classes: {type(error).__name__}: {error}") from None
     if not isinstance(network, nn.Module):
-        raise UserError(f"{name} makes a {type(network).__name__}, not a torch.nn.Module")
+        raise UserError(f"{name} returns a {type(network).__name__}, not a torch.nn.Module")
     return network
 
 
-# ------------------------------------------------------------------------------------- weights out of files
+# ------------------------------------------------------------------------------------------ weights from files
 def from_state(
     name: str, state_dict: State, source: Any, image_size: int = 32, classes: int | None = None
 ) -> nn.Module:
     """The named network holding exactly `state_dict`, without wrappers' prefixes; classes are read off the classifier.
 
-    Raises a UserError naming `source` where a key is missing, left over or of another shape: loading is always strict.
+    Raises a UserError naming `source` if a key is missing, unexpected or of another shape: loading is always strict.
     """
     whole, state_dict = state_dict, strip_prefixes(state_dict)
-    if re.fullmatch(r"resnet\d+a", name):  # most option-A files call the classifier so
+    if re.fullmatch(r"resnet\d+a", name):  # its name in most option-A files
         state_dict = {re.sub(r"^linear\.", "fc.", key): value for key, value in state_dict.items()}
     classes = classes_of(state_dict, name) or classes
     if classes is None:
         raise UserError(f"{source} holds no classifier weights that {name} has (keys like {_some(state_dict)})")
     network = create(name, classes, image_size)
     own = network.state_dict()
-    if own.keys() <= whole.keys():  # a part of the network itself is called like a wrapper
+    if own.keys() <= whole.keys():  # a module of the network itself has a wrapper's name
         state_dict = whole
-    counters = {key: own[key] for key in own if key.endswith("num_batches_tracked")}  # which files of old torch lack
+    counters = {key: own[key] for key in own if key.endswith("num_batches_tracked")}  # missing in old files
     state_dict = {**counters, **state_dict}
     if missing := own.keys() - state_dict.keys():
         raise UserError(f"{source} is not {name}: {len(missing)} of its {len(own)} keys are missing ({_some(missing)})")
@@ -376,7 +376,7 @@ def strip_prefixes(state_dict: State) -> State:
 def classes_of(state_dict: State, name: str) -> int | None:
     """The number of classes that the named network's classifier has in a state dict, or None where it holds none.
 
-    Torchvision's networks register the classifier last; of a user's only the checkpoint knows.
+    Torchvision's networks register the classifier last; for a user's network only the checkpoint records it.
     """
     if names.torchvision_name(name):
         classifiers = [key for key, value in state_dict.items() if value.dim() > 1][-1:]
@@ -397,12 +397,12 @@ def load(path: str | Path, name: str | None = None, image_size: int | None = Non
     `name` and `image_size` are needed only where the file has none. The metadata have at least `model`, `classes`,
     `image_size` (None: the data set's usual one), `mean` and `std`. Files without a normalisation get the one that such
     files were made with: the released code's, or ImageNet's for torchvision's networks, option A's published files and
-    larger images. A network of a user's own file runs that file. Raises UserErrors.
+    larger images. Loading a user's own network runs its file. Raises UserErrors.
     """
     contents = checkpoint.read(path)
     recorded = contents.get("model") if isinstance(contents.get("model"), str) else None
     if name is None and recorded is None:
-        raise UserError(f"{path} does not say which network it holds; name it with --model")
+        raise UserError(f"{path} does not record its network; name it with --model")
     try:
         name = names.network(name or recorded)
         # A user's own file may have been moved since.

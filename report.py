@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Report on runs: tables, figures and plain sentences, as report.md and a report.html that needs nothing else.
+"""Report on runs: tables, figures and plain sentences, as report.md and a self-contained report.html.
 
-  python3 report.py runs/paths                     a path study, finished or half-way: beside its runs
+  python3 report.py runs/paths                     a path study, finished or not
   python3 report.py runs results/*.jsonl --output board       any runs: a leaderboard, and the studies among them
-  python3 report.py runs/paths --keep results/paths.jsonl     their records as one file, which is read as runs are
-  python3 report.py results/paths.jsonl --table plane2     one table as Markdown, printed
+  python3 report.py runs/paths --keep results/paths.jsonl     their records as one file, for later reports
+  python3 report.py results/paths.jsonl --table plane2     prints one table as Markdown
 
 Reads what train.py recorded (config.json, metrics.jsonl, summary.json); neither torch nor weights are needed.
 """
@@ -22,10 +22,10 @@ from takd.study.document import Document
 def build_parser() -> flags.Parser:
     parser = flags.Parser(__doc__)
     parser.group.add_argument(
-        "runs", nargs="+", metavar="RUNS", help="folders with runs, however deep, or .jsonl files of --keep"
+        "runs", nargs="+", metavar="RUNS", help="folders with runs, at any depth, or .jsonl files made by --keep"
     )
-    parser.flag("--output", metavar="DIR", help="folder for the report (default: the first of RUNS, beside a file)")
-    parser.flag("--price-per-hour", type=number(float, minimum=0), metavar="N", help="of the machine, for what it cost")
+    parser.flag("--output", metavar="DIR", help="the report's folder (default: the first of RUNS, or beside a file)")
+    parser.flag("--price-per-hour", type=number(float, minimum=0), metavar="N", help="machine price, to report costs")
     parser.flag("--keep", metavar="FILE", help="write the runs' records to this .jsonl file, and no report")
     about = "print the finished runs (of these networks) as one Markdown table, and write no report"
     parser.flag("--table", nargs="*", type=flags.network, metavar="NETWORK", help=about)

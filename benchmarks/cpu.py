@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Images per second on the CPU: ours, ours without takd.cpu, and a plain PyTorch loop as most people write it.
+"""Images per second on the CPU: ours, ours without takd.cpu, and a plain PyTorch loop as commonly written.
 
   python3 benchmarks/cpu.py --dataset-dir data --out benchmarks/cpu.json          about 40 minutes on 2 cores
   python3 benchmarks/cpu.py --only "resnet8 none" --rounds 7
 
-Each is a process of its own, and they take turns; figures are medians over the rounds, ratios medians of each round's.
+Each is a process of its own, and they take turns; figures are medians over rounds, ratios medians of each round's.
 The plain loop: DataLoader with 2 workers and per-image transforms, float32, a live teacher without no_grad, .item()
 each step.
 """
@@ -48,7 +48,7 @@ CASES = [  # teacher, student, augmentation, table
 
 
 class Images(torch.utils.data.Dataset):
-    """The split as most people have it: a PIL image and a transform."""
+    """The split as a common map-style data set: PIL images and a transform."""
 
     def __init__(self, split, augment):
         self.images, self.labels, transforms = split.images, split.labels.tolist(), torchvision.transforms
@@ -116,7 +116,7 @@ class Ours:
         self.step.student.train()
 
     def steps(self, count):
-        """An epoch's first steps: of a new one where the table shall be cold, else always of the same."""
+        """An epoch's first steps: of a new epoch if the table is to be cold, else always of the same one."""
         self.epoch += self.how == "cold"
         plan = epoch_plan(self.split, self.augment, 1, self.epoch)
         parts = [part_of(slice(first, first + BATCH)) for first in range(0, count * BATCH, BATCH)]
@@ -175,7 +175,7 @@ def measure(case, split, folder, rounds, precision):
     names_ = [name for name in CONTENDERS if name != "labels alone" or table == "warm"]
     running = {}
     for name in names_:
-        own = folder / name.replace(" ", "-")  # with and without takd.cpu a table has other digits
+        own = folder / name.replace(" ", "-")  # with and without takd.cpu a table's values differ in rounding
         own.mkdir(exist_ok=True)
         running[name] = Contender(name, case, split, precision, own)
     rates = {name: [] for name in names_}
@@ -208,7 +208,7 @@ def markdown(row):
 
 
 def whole_runs(dataset, dataset_dir, folder):
-    """Of real runs of train.py: peak resident memory, megabytes, and the seconds from its start to its first step."""
+    """Peak resident memory in megabytes, and seconds from start to first step, of real runs of train.py."""
     common = [sys.executable, str(ROOT / "train.py"), "--dataset", dataset, "--dataset-dir", str(dataset_dir)]
     common += ["--epochs", "1", "--no-download", "--cuda", "0"]
 

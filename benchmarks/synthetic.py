@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Images of CIFAR-100's shape that can be learned, as class folders: for a machine that has no data set.
+"""Learnable images of CIFAR-100's shape, as class folders, for a machine without the data set.
 
 python3 benchmarks/synthetic.py data          writes data/cifar100/{train,test}/, 60,000 images, in about a minute
 """
