@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Train a network, or distil one from a teacher (Mirzadeh et al., AAAI 2020, through a teacher assistant or not).
+"""Train a network, or distil one from a teacher, directly or through assistants (Mirzadeh et al., AAAI 2020).
 
   python3 train.py --student plane10 --dataset digits --epochs 10               cross-entropy only, the paper's NOKD
   python3 train.py --teacher plane10 --student plane2 --dataset digits --epochs 10
   python3 train.py --teacher resnet110 --teacher-checkpoint FILE --student resnet20 --dataset cifar100 --cuda 1
   torchrun --nproc-per-node 2 train.py --student resnet20                       as --cuda 2: two GPUs share each batch
 
-Without --teacher-checkpoint the teacher is trained first, with its own recipe, and its run kept. The same command again
-continues an interrupted run, or reports that it is finished. Everything lands in --run-dir.
+Without --teacher-checkpoint the teacher is trained first, with its own recipe, and its run is kept. The same command
+again continues an interrupted run, or reports that it is finished. Everything is written to --run-dir.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from takd.config import flags, names, nni_trial, run_config
 from takd.config.run_config import RunConfig
 from takd.run import launch
 
-if __name__ == "__main__":  # wrong arguments are answered before torch is imported, which takes seconds
+if __name__ == "__main__":  # usage errors are reported before torch is imported, which takes seconds
     STDOUT = sys.stdout  # importing nni in a trial replaces it
     with process.rank_zero_output():
         CONFIG = run_config.parse(sys.argv[1:], __doc__)
@@ -105,8 +105,8 @@ def main(argv: list[str] | None = None) -> None:
 def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, Any]:
     """One training, begun or continued. Returns its summary.
 
-    In a group of processes all call this and get the same summary. `wait`: for another process that is making this very
-    run. Raises UserError, engine.Diverged where the loss is no longer finite, Stopped on a signal.
+    In a group of processes all call this and get the same summary. `wait`: if another process is making the same
+    run, wait for it. Raises UserError, engine.Diverged where the loss is no longer finite, Stopped on a signal.
     """
     world, console, signals = context
     if config.without_effect:
@@ -116,7 +116,7 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
     directory = RunDirectory(config.run_path)
 
     def earlier():
-        """The config and the summary of an earlier start of this run."""
+        """The config and the summary of this run from an earlier start."""
         return directory.check(config.identity()), directory.read(directory.summary_file)
 
     recorded, summary = world.broadcast(earlier)
@@ -154,20 +154,20 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
 
 
 def train_teacher_first(config: RunConfig, context: Context) -> RunConfig:
-    """The configuration with a teacher trained for it; what would refuse the student is found before that."""
+    """The configuration with a teacher trained for it; errors in the student's part are raised before that."""
     if config.run_dir:
         for each in config.repetitions():
             context.world.broadcast(lambda each=each: RunDirectory(each.run_path).check(each.identity()))
     check_method(config)
-    context.console.say(f"The teacher {config.teacher} first:")
+    context.console.say(f"Training the teacher {config.teacher} first:")
     summary = run(config.teacher_config(), context, wait=True)
-    context.console.say(f"Now the student {config.student}:")
+    context.console.say(f"Training the student {config.student}:")
     return config.replace("its own run", teacher_checkpoint=summary["checkpoint"])
 
 
 def with_digests(config: RunConfig) -> RunConfig:
     """The configuration with digests of the files that the outcome depends on."""
-    if config.dataset == "folder":  # of which the name tells nothing
+    if config.dataset == "folder":  # the name does not identify the images
         config = config.replace(images=folder_digest(config.dataset_dir))
     if config.teacher:
         config = config.replace(teacher_weights=checkpoint.weights_digest(config.teacher_checkpoint))
@@ -208,7 +208,7 @@ def hardware_notes(device: str | None, precision: str, processes: int, image_siz
     if precision == "bf16" and not evaluation.native_bf16(torch.device(device or "cpu")):
         yield "warning: this hardware emulates bf16: --precision fp32 is faster"
     if device == "cuda" and processes > 1 and image_size <= 64:
-        yield "note: networks this small use several GPUs better by a run on each: distill_paths.py --gpus 0 1"
+        yield "note: for networks this small, one run per GPU is more efficient: distill_paths.py --gpus 0 1"
 
 
 # --------------------------------------------------------------------------- teacher, student, method, optimiser
@@ -222,7 +222,7 @@ def load_teacher(config: RunConfig, splits: data_loader.Splits, precision: str, 
         raise UserError(f"{file} was trained for {what}; give a teacher trained on {config.dataset}")
     if class_order(class_names, train.classes):
         what = f"the classes of {config.dataset} in another order than {config.dataset_dir}"
-        raise UserError(f"{file} has {what}; train the teacher on these very folders")
+        raise UserError(f"{file} has {what}; train the teacher on the same folders")
     if config.dataset == metadata.get("dataset") == "folder" and class_names != list(train.classes):
         what = f"other classes than those of {config.dataset_dir}"
         raise UserError(f"{file} was trained on {what}: train its teacher there")
@@ -238,7 +238,7 @@ def load_teacher(config: RunConfig, splits: data_loader.Splits, precision: str, 
 def assemble(config: RunConfig, train: Split, teacher: Teacher | None, precision: str, cpu: Any) -> TrainStep:
     """The optimisation step of a run: its student, method and optimizer."""
     torch.manual_seed(config.seed)
-    torch.backends.cudnn.benchmark = True  # a run's shapes are few and come again and again
+    torch.backends.cudnn.benchmark = True  # a run has few shapes, which recur
     pretrained = bool(config.pretrained and names.torchvision_name(config.student))
     student = model_factory.create(config.student, len(train.classes), train.image_size, pretrained)
     if config.initialisation:
@@ -273,7 +273,7 @@ def build_method(config: RunConfig, student: Any, teacher: Any, train: Split, tr
 
 
 def check_method(config: RunConfig) -> None:
-    """A UserError where the method does not fit these networks; random weights find it before a teacher is trained."""
+    """A UserError if the method does not fit these networks, found with random weights before a teacher is trained."""
     split = data_loader.random_split(config.dataset, config.image_size)
     networks = [
         model_factory.create(each, len(split.classes), split.image_size) for each in (config.student, config.teacher)
@@ -282,7 +282,7 @@ def check_method(config: RunConfig) -> None:
 
 
 def check_smallest_batch(config: RunConfig, student: nn.Module, train: Split) -> None:
-    """One image has no variance where maps have shrunk to one pixel: an error now, not at an epoch's last step."""
+    """Batch norm fails on one image whose maps have shrunk to one pixel: an error now, not at an epoch's last step."""
     size = config.batch_size
     if (len(train) % size or size) != 1:
         return
@@ -300,12 +300,12 @@ def attach_table(config: RunConfig, teacher: Teacher, train: Split, say: Say) ->
 
 
 def step_graph(config: RunConfig, step: TrainStep, processes: int, say: Say) -> StepGraph | None:
-    """Steps as CUDA graphs, where they never need the host; else None, and on a GPU a line that says why."""
+    """Steps as CUDA graphs, where they never need the host; else None, and on a GPU a line with the reason."""
     if config.device != "cuda" or config.cuda_graph is False:
         return None
     table, images = step.active_teacher and step.active_teacher.table, step.split.images
     reasons = {
-        "several processes share them": processes > 1,
+        "several processes share a step": processes > 1,
         "the images do not fit on the GPU": images.device != step.split.device,
         "random augmentation runs in other processes": VIEWS[config.augment] is None,
         "the teacher's table does not fit on the GPU": table and table.resident is None,
@@ -339,7 +339,7 @@ def measure(config: RunConfig) -> None:
     for name in config.measure:
         step = assemble(config.replace(student=name), split, None, precision, cpu)
         graph = step_graph(config, step, 1, lambda line: None)
-        training_rate(step, graph or step, least=WARM_UP + 2 if graph else 1)  # a capture is no ordinary step
+        training_rate(step, graph or step, least=WARM_UP + 2 if graph else 1)  # not timed: it includes the capture
         rate = training_rate(step, graph or step, seconds=1.5)
         evaluation.predict(step.student, split.subset(slice(0, 100), "random"))  # warm-up
         started = time.perf_counter()
@@ -354,7 +354,7 @@ def measure(config: RunConfig) -> None:
 
 
 def training_rate(step: TrainStep, take_step: Any, seconds: float = 0, least: int = 1) -> float:
-    """Images per second over at least so many seconds and steps, each an eighth of the split, not augmented."""
+    """Images per second over at least this many seconds and steps, each an eighth of the split, not augmented."""
     index = torch.arange(len(step.split) // 8, device=step.split.device)
     step.student.train()
     started, steps = time.perf_counter(), 0

@@ -48,7 +48,7 @@ class LogitTable:
         self._expected = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
 
     def _open(self, shape, say):
-        """The mapped file, made or made anew where it is absent, of another size, or disagrees with the teacher."""
+        """The mapped file, created, or rebuilt where it has another size or disagrees with the teacher."""
         dtype = table_dtype(shape[1])
         size = dtype.itemsize * int(np.prod(shape))
         for _ in range(2):
@@ -149,7 +149,7 @@ def _filled(rows):
 
 
 def choose_cache(split: Split, augment: str, mode: str, path: Path) -> tuple[str, str]:
-    """('full', 'lazy' or 'live', a line that says why) for --teacher-cache `mode` and a table at `path`."""
+    """('full', 'lazy' or 'live', a line with the reason) for --teacher-cache `mode` and a table at `path`."""
     views = VIEWS[augment]
     if views is None:
         return "live", f"live: random augmentation ({augment}) cannot be cached"

@@ -56,7 +56,7 @@ class Teacher:
         # Images of a call that fills a table: few enough for a CPU's cache, enough to fill a GPU.
         self.call_size = max(1, (128 if split.device.type == "cpu" else 2048) * 64**2 // max(64, size) ** 2)
         self.table: LogitTable | None = None
-        self.path: list[str] = []  # of networks that it learned from, itself at the end
+        self.path: list[str] = []  # the networks that it learned from, then itself
         self.accuracy_percent: float | None = None  # once it is scored
 
     def __call__(self, batch: Batch, images: torch.Tensor) -> Logits | Features:
@@ -82,7 +82,7 @@ class Teacher:
         return torch.cat(logits)
 
     def attach_table(self, split: Split, augment: str, mode: str, checkpoint: str, say: Say) -> None:
-        """Keep the logits of a split in a table beside the checkpoint where that is possible and worth it."""
+        """Keep the logits of a split in a table beside the checkpoint where that is possible and useful."""
         views = VIEWS[augment]
         dtype = table_dtype(views or 0)
         path = _cache_folder(checkpoint) / f"{augment}-{self.binding(split, augment)}.{dtype.name}"
@@ -99,7 +99,7 @@ class Teacher:
             self.table.fill(say)
 
     def binding(self, split: Split, *more: str) -> str:
-        """What a table or a score is bound to: weights, images in their order, normalisation, and the input's size."""
+        """Digest of what a table or a score depends on: weights, images in order, normalisation, input size."""
         mean, std, size = self.transform
         resized = [size] if size != split.images.shape[-1] else []
         return digest(self.weights_digest, split.digest(), list(mean), list(std), *resized, *more)[:16]
@@ -107,7 +107,7 @@ class Teacher:
     def score(self, split: Split, checkpoint: str, recorded_percent: float | None, say: Say) -> float:
         """Accuracy in percent on a split, computed once and kept beside the checkpoint.
 
-        A teacher that does not beat guessing, which is what wrongly loaded weights look like, is refused.
+        A teacher no better than guessing, as one with wrongly loaded weights is, is refused.
         """
         file = _cache_folder(checkpoint) / f"score-{self.binding(split)}.json"
         try:
@@ -118,8 +118,8 @@ class Teacher:
         if not accuracy > evaluation.chance_percent(split.labels):
             raise UserError(
                 f"the teacher scores {accuracy:.2f} % on {split.name}, no better than guessing: its file does not "
-                "belong to this data set or normalisation, or it was not trained; train it first (no "
-                "--teacher-checkpoint does)"
+                "belong to this data set or normalisation, or it was not trained; train it first (leave "
+                "out --teacher-checkpoint)"
             )
         if os.access(file.parent.parent, os.W_OK) and not file.exists():
             file.parent.mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from takd.process import ignore_stop_signals
 def batches(split: Split, augment: str, plan: EpochPlan, steps: Sequence[slice], workers: int = 0) -> Iterator[Batch]:
     """A Batch for each of `steps`, which are rows of the plan.
 
-    Random augmentation runs in `workers` processes, or here if 0; any number of them makes the same pixels.
+    Random augmentation runs in `workers` processes, or here if 0; the pixels do not depend on their number.
     """
     if augmentation.VIEWS[augment] is not None and split.images.device == split.device:
         for rows in steps:

@@ -77,7 +77,7 @@ class Cuda:
         failure, result = None, None
         try:
             result = function()
-        except Exception as error:  # of which only the text is kept: its traceback holds the step's tensors
+        except Exception as error:  # only its text is kept: its traceback holds the step's tensors
             failure = _first_line(error)
         try:
             graph.capture_end()
