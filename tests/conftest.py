@@ -1,5 +1,5 @@
-"""What the tests share: the commands, as processes and as calls, a trained teacher, and tiny data. One thread, no
-tuner, CPU.
+"""What the tests share: the commands, as processes and as calls, a trained teacher, and tiny data; on the CPU, with
+one thread and no tuner.
 
 `from conftest import read_json, read_lines, same_weights, wait_until, softmax` has the helpers that are plain
 functions.
@@ -31,7 +31,7 @@ from takd.distill import evaluation
 from takd.run import checkpoint
 
 ROOT = Path(train.__file__).resolve().parent
-# No experiment around the tests, and one thread in here and in the commands: bits depend on the number of threads.
+# No NNI experiment, and one thread here and in the commands: bits depend on the number of threads.
 for name in [name for name in os.environ if name.startswith("NNI_")]:
     del os.environ[name]
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -57,12 +57,12 @@ def same_weights(state, other):
 
 
 def listing(folder):
-    """Every file below a folder with its time of change: what has been written."""
+    """Every file below a folder with its modification time, to find out what was written."""
     return {path: path.stat().st_mtime_ns for path in sorted(Path(folder).rglob("*"))}
 
 
 def parse_command(script, argv):
-    """Parse a command line of the suite as the command itself does; SystemExit with a usage error where it is wrong."""
+    """Parse a command line of the suite as the command itself does; SystemExit with a usage error if it is wrong."""
     argv = [str(word) for word in argv]
     if script == "train.py":
         run_config.parse(argv, elsewhere=True)
@@ -80,7 +80,7 @@ def shorten_latency(patch):
 
 
 def wait_until(condition, process=None, seconds=300):
-    """Wait for something that another process does; fail where that process ends before, or where it takes too long."""
+    """Wait until another process has done something; fail if it ends before that, or takes too long."""
     end = time.monotonic() + seconds
     while not (result := condition()):
         if process is not None and process.poll() is not None:
@@ -91,13 +91,13 @@ def wait_until(condition, process=None, seconds=300):
 
 
 def softmax(logits):
-    """Of float64 arrays (B, C), in numpy."""
+    """The softmax of float64 arrays (B, C), in numpy."""
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
 
 
 class Outcome(NamedTuple):
-    """What a command left: its exit status and what it printed."""
+    """A command's exit status and what it printed."""
 
     status: int
     out: str
@@ -154,8 +154,7 @@ sys.exit(launch.launch(int(sys.argv[1]), [sys.executable, *sys.argv[2:]], say))
 
 @pytest.fixture(scope="session")
 def start_group(start_command):
-    """start_group(2, "train.py", ...) starts what --cuda 2 does, on the CPU: so many processes of Python's
-    arguments."""
+    """start_group(2, "train.py", ...) does on the CPU what --cuda 2 does: it starts two processes of the command."""
 
     def start(processes, *argv):
         return start_command("-c", LAUNCH, processes, *argv, cwd=ROOT)
@@ -182,7 +181,7 @@ def call():
 
 @pytest.fixture(scope="session")
 def nothing_heavy(tmp_path_factory):
-    """An environment in which importing anything that takes long ends the process."""
+    """An environment in which importing anything slow ends the process."""
     folder = tmp_path_factory.mktemp("nothing-heavy")
     for module in "torch torchvision numpy PIL sklearn scipy matplotlib nni tensorboard tqdm".split():
         (folder / f"{module}.py").write_text("raise SystemExit(f'{__name__} was imported')")
@@ -206,7 +205,7 @@ def teacher_run(tmp_path_factory, call, tiny):
 
 @pytest.fixture
 def teacher_file(teacher_run, tmp_path):
-    """A copy of that teacher's checkpoint, so that no test meets another's table beside it."""
+    """A copy of that teacher's checkpoint, so that no test finds another's table beside it."""
     return Path(shutil.copy(teacher_run / "plane2_seed1_best.pth.tar", tmp_path / "teacher.pth.tar"))
 
 

@@ -1,4 +1,4 @@
-"""The plan of the code: rooms in one order, who may print, sizes, and that importing does nothing."""
+"""The structure of the code: the order of its layers, what may print, sizes, and imports without side effects."""
 
 import ast
 import re
@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Each room imports only rooms above it, and the ground: takd's own modules, on the standard library.
-ROOMS = ("config", "images", "distill", "run", "study")
-GROUND = ("errors", "process", "files")
+# Each layer imports only those before it, and the base: takd's own modules, on the standard library.
+LAYERS = ("config", "images", "distill", "run", "study")
+BASE = ("errors", "process", "files")
 APART = "cpu"  # its folder can be deleted: only these import it
 IMPORT_CPU = ("train.py",)
 COMMANDS = ("train", "evaluate", "distill_paths", "report")
-# Imported before the arguments are checked, and where torch may be absent: the standard library only, at module level.
-LIGHT_ROOMS, LIGHT_IN_RUN = ("ground", "config", "study"), ("run_directory", "console", "launch")
+# Imported before the arguments are checked, or without torch installed: only the standard library at module level.
+LIGHT_LAYERS, LIGHT_IN_RUN = ("base", "config", "study"), ("run_directory", "console", "launch")
 EXCEPTIONS = {"takd/study/figures.py": {"matplotlib"}}
 PRINT = ("takd/config/flags.py", "takd/run/console.py", "takd/study/runner.py")
-MODULE_LINES, FUNCTION_LINES, PARAMETERS, TOP_FILES, ROOM_IMPORTS = 400, 70, 7, 8, 50
+MODULE_LINES, FUNCTION_LINES, PARAMETERS, TOP_FILES, CROSS_IMPORTS = 400, 70, 7, 8, 50
 
 TOP, TAKD, BENCHMARKS = (
     {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.glob(pattern))}
@@ -49,17 +49,17 @@ def takd_file(name: str) -> str:
 
 
 def module_level(tree: ast.AST) -> Iterator[ast.AST]:
-    """The nodes that are executed when the module is imported: all but those inside functions."""
+    """The nodes that are executed when the module is imported: all except those inside functions."""
     for node in ast.iter_child_nodes(tree):
         if not isinstance(node, ast.FunctionDef):
             yield node
             yield from module_level(node)
 
 
-def room(file: str) -> str:
-    """takd/config/names.py -> config; takd/files.py -> ground."""
+def layer(file: str) -> str:
+    """takd/config/names.py -> config; takd/files.py -> base."""
     parts = file.split("/")
-    return parts[1] if len(parts) == 3 else "ground"
+    return parts[1] if len(parts) == 3 else "base"
 
 
 def package(name: str) -> str:
@@ -68,25 +68,25 @@ def package(name: str) -> str:
 
 
 IMPORTS = {file: imported(ast.walk(tree)) for file, tree in TREES.items()}
-ROOMS_IMPORTED = {file: {room(other) for other in others if other in TAKD} for file, others in IMPORTS.items()}
+LAYERS_IMPORTED = {file: {layer(other) for other in others if other in TAKD} for file, others in IMPORTS.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- imports
-def test_every_folder_of_takd_is_a_room():
-    assert {room(file) for file in TAKD} == {"ground", *ROOMS, APART}
-    assert {Path(file).stem for file in TAKD if room(file) == "ground"} == {*GROUND, "__init__"}
+def test_every_folder_of_takd_is_a_layer():
+    assert {layer(file) for file in TAKD} == {"base", *LAYERS, APART}
+    assert {Path(file).stem for file in TAKD if layer(file) == "base"} == {*BASE, "__init__"}
 
 
-@pytest.mark.parametrize("here", ["ground", *ROOMS, APART])
-def test_rooms_import_only_rooms_above_them(here):
-    allowed = {"ground", here, *(ROOMS[: ROOMS.index(here)] if here in ROOMS else ())}
-    found = {file: ROOMS_IMPORTED[file] - allowed for file in TAKD if room(file) == here}
-    assert {file: rooms for file, rooms in found.items() if rooms} == {}
+@pytest.mark.parametrize("here", ["base", *LAYERS, APART])
+def test_layers_import_only_layers_before_them(here):
+    allowed = {"base", here, *(LAYERS[: LAYERS.index(here)] if here in LAYERS else ())}
+    found = {file: LAYERS_IMPORTED[file] - allowed for file in TAKD if layer(file) == here}
+    assert {file: layers for file, layers in found.items() if layers} == {}
 
 
-def test_only_commands_and_benchmarks_import_the_cpu_room():
+def test_only_commands_and_benchmarks_import_takd_cpu():
     assert [
-        file for file in TREES if APART in ROOMS_IMPORTED[file] and room(file) != APART and file not in IMPORT_CPU
+        file for file in TREES if APART in LAYERS_IMPORTED[file] and layer(file) != APART and file not in IMPORT_CPU
     ] == []
 
 
@@ -96,13 +96,13 @@ def test_takd_imports_no_module_of_the_top_and_nothing_imports_a_command():
     assert [(file, name) for file in TOP for name in IMPORTS[file] if package(name) in COMMANDS] == []
 
 
-def test_imports_between_rooms_are_few():
-    pairs = {(file, other) for file in TAKD for other in IMPORTS[file] if other in TAKD and room(other) != room(file)}
-    assert len([pair for pair in pairs if "ground" not in map(room, pair)]) < ROOM_IMPORTS, sorted(pairs)
+def test_imports_between_layers_are_few():
+    pairs = {(file, other) for file in TAKD for other in IMPORTS[file] if other in TAKD and layer(other) != layer(file)}
+    assert len([pair for pair in pairs if "base" not in map(layer, pair)]) < CROSS_IMPORTS, sorted(pairs)
 
 
 def test_light_modules_import_the_standard_library_only():
-    light = [file for file in TAKD if room(file) in LIGHT_ROOMS]
+    light = [file for file in TAKD if layer(file) in LIGHT_LAYERS]
     light += [f"takd/run/{name}.py" for name in LIGHT_IN_RUN]
     standard = {*sys.stdlib_module_names, "takd"}
     found = {file: set(map(package, imported(module_level(TREES[file])))) - standard for file in light}
@@ -117,7 +117,7 @@ def test_libraries_do_not_print():
 
 
 def test_libraries_parse_no_arguments():
-    assert [file for file in TAKD if room(file) != "config" and "argparse" in IMPORTS[file]] == []
+    assert [file for file in TAKD if layer(file) != "config" and "argparse" in IMPORTS[file]] == []
     assert [file for file in TAKD if "__main__" in ast.dump(TREES[file])] == []
 
 
@@ -132,7 +132,7 @@ def test_modules_and_functions_are_small(file):
 
 
 def parameters(function: ast.FunctionDef, file: str) -> int:
-    """How many there are, without self and what is prescribed: a method's options, which takd/config/methods.py lists,
+    """The number of parameters, without self and prescribed ones: a method's options, listed in takd/config/methods.py,
     and the tensors of an autograd.Function."""
     arguments = function.args
     names = [argument.arg for argument in (*arguments.posonlyargs, *arguments.args)]

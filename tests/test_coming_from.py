@@ -15,10 +15,10 @@ import train
 from takd.run import checkpoint
 
 COMMANDS = {"train.py": train, "evaluate.py": evaluate, "report.py": report, "distill_paths.py": distill_paths}
-# The settings of every training here, and the flags of the document that they replace.
+# The settings of every training in these tests, and the flags of the document that they replace.
 TINY = "--dataset digits --epochs 1 --batch-size 32 --learning-rate 0.01 --cuda 0 --precision fp32".split()
 REPLACED = (*TINY[::2], "--dataset-dir", "--image-size")
-# Two networks stand for all: one for the large, one for the others.
+# Two networks replace all others: one the large ones, one the rest.
 LARGE, OTHERS = (
     r"torchvision[:-]resnet50|resnet50|resnet110|Plane10",
     r"torchvision[:-]resnet\d+|resnet\d+|Plane\d+|cnn5",

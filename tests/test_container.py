@@ -1,4 +1,4 @@
-"""The Dockerfile: no engine builds it here, but its files exist and its steps are those that `make` takes."""
+"""The Dockerfile: it is not built here, but the files it copies exist and it installs what `make` does."""
 
 import json
 

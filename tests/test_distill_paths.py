@@ -30,7 +30,7 @@ def test_a_dry_run_prints_tree_estimate_and_commands_and_writes_nothing(call, tm
     runs = tmp_path / "runs"
     outcome = call(distill_paths, "--sizes", "plane4", "plane2", *DIGITS, "--seeds", 3, 5, "--runs", runs, "--dry-run")
     assert not outcome.status, outcome.err
-    assert "└── plane2" in outcome.out and "6 trainings (3 a seed, seeds 3 5), 0 finished" in outcome.out
+    assert "└── plane2" in outcome.out and "6 trainings (3 per seed, seeds 3 5), 0 finished" in outcome.out
     assert re.search(r"estimate: \d+:\d\d .* [\d.]+ GB", outcome.out)
     commands = commands_of(outcome.out)
     assert [value_of(command, "--seed") for command in commands] == ["3", "3", "3", "5", "5", "5"]
@@ -156,8 +156,8 @@ def test_a_study_continues_after_an_interrupt_and_a_killed_training(start_comman
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1 and err.count("plane4-plane2-seed1: killed by SIGKILL") == 1, (out, err)
     assert (alone / "summary.json").exists(), "trainings that do not depend on it go on"
-    half_way = (runs / "report.md").read_text()
-    assert "2 of 3 trainings are finished" in half_way and "4 > 2 (BLKD), not finished" in half_way
+    partial = (runs / "report.md").read_text()
+    assert "2 of 3 trainings are finished" in partial and "4 > 2 (BLKD), not finished" in partial
 
     finished = [folder / "summary.json" for folder in (teacher, alone)]
     before = [file.stat().st_mtime_ns for file in finished]
@@ -169,8 +169,8 @@ def test_a_study_continues_after_an_interrupt_and_a_killed_training(start_comman
     summary = read_json(student / "summary.json")
     assert summary["path"] == ["plane4", "plane2"] and summary["seed"] == 1
     assert f"{summary['best']['test_accuracy_percent']:.2f}" in (runs / "report.md").read_text()
-    assert call(train, "--student", "plane4", *DIGITS, "--epochs", 4, "--run-dir", tmp_path / "undisturbed").status == 0
-    assert same_weights(last_weights(teacher), last_weights(tmp_path / "undisturbed"))
+    assert call(train, "--student", "plane4", *DIGITS, "--epochs", 4, "--run-dir", tmp_path / "whole").status == 0
+    assert same_weights(last_weights(teacher), last_weights(tmp_path / "whole"))
 
     other = call(distill_paths, *argv[1:], "--epochs", "3")
     assert other.status == 2 and "epochs 2 there, 3 now" in other.err and other.err.count("\n") == 1

@@ -99,10 +99,10 @@ def test_agreement_is_of_the_test_images(report, student_file, teacher):
 
 
 def test_the_printed_tables(report):
-    """Of a teacher beside itself, the teacher's row first."""
+    """The teacher is compared with itself; its row is first."""
     scores, costs, how = report.printed.split("\n\n")
     assert [line.split()[0] for line in scores.splitlines()] == ["network", "plane2", "plane2"]
-    assert "as its teacher %" in costs and "100.00    0.0000" in costs and costs.count("(1.0)") >= 4
+    assert "agreement %" in costs and "100.00    0.0000" in costs and costs.count("(1.0)") >= 4
     assert "1 thread;" in how
 
 

@@ -32,7 +32,7 @@ def folder(photographs, tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(photographs, tmp_path_factory, call):
-    """A finished run on the photographs: it learns them."""
+    """A finished run on the photographs, which it has learned."""
     run = tmp_path_factory.mktemp("trained") / "run"
     outcome = call(train, *FOLDER, "--dataset-dir", photographs, "--epochs", "2", "--run-dir", run)
     assert outcome.status == 0, outcome.err
@@ -94,13 +94,13 @@ def test_a_run_does_not_begin_with_a_damaged_image(folder, call, tmp_path):
 def test_a_val_folder_selects_the_epoch_and_takes_no_validation_split(folder, call, tmp_path):
     shutil.copytree(folder / "val", folder / "test")
     command = (*FOLDER, "--dataset-dir", folder, "--epochs", "1", "--run-dir", tmp_path / "run")
-    assert "leave --validation-split away" in call(train, *command, "--validation-split", "0.1").err
+    assert "leave out --validation-split" in call(train, *command, "--validation-split", "0.1").err
     assert call(train, *command).status == 0
     assert read_json(tmp_path / "run/summary.json")["selection_split"] == "validation"
 
 
 def test_an_interrupted_run_with_workers_continues_bit_for_bit(photographs, tmp_path, call, start_command):
-    """SIGTERM to the whole group, as a cluster sends it: the workers get it too, and ignore it."""
+    """SIGTERM to the whole group, as a cluster sends it: the workers receive it too, and ignore it."""
     command = (*FOLDER, "--dataset-dir", photographs, "--epochs", "3", "--batch-size", "1")
     command += ("--augment", "rotate-crop-flip", "--workers", "2")
     assert call(train, *command, "--run-dir", tmp_path / "whole").status == 0

@@ -1,4 +1,4 @@
-"""Networks: sizes, keys and initialisation of the released code's, torchvision's, the user's; reading files."""
+"""Networks: the released code's sizes, keys and initialisation; torchvision's; the user's; and loading files."""
 
 import json
 import math
@@ -57,7 +57,7 @@ def test_sizes(name):
 
 
 def test_cnn5_at_its_own_size():
-    """98,446 parameters at 224x224 and ten classes, of them 588 x 10 + 10 in the last layer."""
+    """98,446 parameters at 224x224 with ten classes, 588 x 10 + 10 of these in the last layer."""
     network = model_factory.create("cnn5", 10, image_size=224)
     assert model_factory.count_parameters(network) == 98_446 and network.fc_layers[0].weight.shape == (10, 588)
     assert network.eval()(torch.rand(1, 3, 224, 224)).shape == (1, 10)
@@ -268,8 +268,8 @@ def test_the_users_network(own, name):
     [
         ("Absent", "defines no 'Absent'; it defines: Net Keyword short nothing Broken"),
         ("Broken", r"cannot be made for 7 classes: KeyError: 'depth'"),
-        ("short", r"makes \(2, 6\) of 2 images, not logits \(2, 7\)"),
-        ("nothing", "makes a int, not a torch.nn.Module"),
+        ("short", r"returns \(2, 6\) for 2 images, not logits \(2, 7\)"),
+        ("nothing", "returns a int, not a torch.nn.Module"),
     ],
 )
 def test_a_mistake_in_the_users_network(own, name, message):
@@ -285,7 +285,7 @@ def test_a_file_that_cannot_be_imported(tmp_path):
         model_factory.create(f"{tmp_path}/nets.py:Net", 7)
 
 
-def test_the_users_network_is_trained_scored_and_teaches(own, tmp_path, call, tiny, monkeypatch):
+def test_the_users_network_is_trained_scored_and_used_as_a_teacher(own, tmp_path, call, tiny, monkeypatch):
     monkeypatch.chdir(tmp_path)
     net = f"{own}:Net"
     command = (*tiny, "--student", net, "--epochs", "2", "--learning-rate", "0.1", "--batch-size", "16")
@@ -359,7 +359,7 @@ def state(network):
 
 @pytest.fixture
 def saved(tmp_path):
-    """saved(contents) -> the path of a file that holds them."""
+    """saved(contents) -> the path of a file with these contents."""
 
     def save(contents):
         torch.save(contents, tmp_path / "file.pth.tar")
@@ -409,7 +409,7 @@ def test_formats(kind, network, saved):
 
 
 def test_repdistillers_accuracy_as_a_numpy_number(state, saved):
-    """Some of its published files hold best_acc like this, which is no code."""
+    """Some of its published files hold best_acc as such a number, which runs no code."""
     _, metadata = model_factory.load(saved({"model": state, "best_acc": np.float64(74.3)}), "plane2")
     assert metadata["best_acc"] == pytest.approx(74.3)
 
@@ -451,7 +451,7 @@ class Published(nn.Module):
 def test_a_published_file_with_option_a(saved):
     torch.manual_seed(0)
     theirs, images = Published(3), torch.rand(8, 3, 32, 32)
-    theirs(images * 3)  # statistics that are not 0 and 1
+    theirs(images * 3)  # running statistics other than 0 and 1
     # As before torch 0.4.1, without num_batches_tracked:
     state = {key: value for key, value in prefixed("module.", theirs).items() if "tracked" not in key}
     network, metadata = model_factory.load(saved({"state_dict": state, "best_prec1": 91.7}), "resnet20a")

@@ -69,7 +69,7 @@ sbatch --time 3:00:00 slurm/train.sbatch report.py runs
     ],
 )
 def test_a_wrong_flag_is_an_error(line, capsys):
-    """Or the check of the documents' commands would pass whatever they are."""
+    """Otherwise the check of the documents' commands would always pass."""
     script, *argv = line.split()
     parse_command(script, argv)
     with pytest.raises(SystemExit):
@@ -79,7 +79,7 @@ def test_a_wrong_flag_is_an_error(line, capsys):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_in_the_documents_is_valid(document, tmp_path, monkeypatch):
-    """Every flag and every name exists, also names of the Python that the document shows."""
+    """Every flag and every name exists, also names in the document's Python code."""
     monkeypatch.chdir(tmp_path)
     text = document.read_text()
     for block in re.findall(r"^```python\n(.+?)^```", text, re.DOTALL | re.MULTILINE):
@@ -93,7 +93,7 @@ def test_every_command_in_the_documents_is_valid(document, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_files_that_the_documents_name_exist(document):
-    """In backticks and in blocks; a name without its folder may be that of any file of the suite."""
+    """In backticks and in blocks; a name without a folder may be any file of the suite."""
     text = document.read_text()
     folders = ("takd", "tests", "docs", "benchmarks", "slurm")
     present = {path.name for folder in folders for path in (ROOT / folder).rglob("*")} | set(os.listdir(ROOT))
@@ -112,13 +112,13 @@ TABLES = [
 
 
 @pytest.mark.parametrize("document, argv", TABLES, ids=[f"{document.name}-{argv[0]}" for document, argv in TABLES])
-def test_tables_in_the_documents_are_made_of_the_kept_records(document, argv, call, monkeypatch):
+def test_tables_in_the_documents_are_made_from_the_kept_records(document, argv, call, monkeypatch):
     monkeypatch.chdir(ROOT)
     outcome = call(report, *argv)
     assert outcome.status == 0 and outcome.out.startswith("| network") and f"\n{outcome.out}\n" in document.read_text()
 
 
-def test_the_benchmarks_table_is_made_of_its_figures():
+def test_the_benchmarks_table_is_made_from_its_figures():
     path = ROOT / "benchmarks" / "cpu.py"
     spec = importlib.util.spec_from_file_location("cpu_benchmark", path)
     benchmark = importlib.util.module_from_spec(spec)
@@ -129,7 +129,7 @@ def test_the_benchmarks_table_is_made_of_its_figures():
 
 @pytest.mark.slow
 def test_the_commands_on_digits_in_the_readme_run(tmp_path):
-    """Teacher, assistant, student and their scores, one after the other, in a copy of the tracked files."""
+    """Teacher, assistant, student and their scores, in order, in a copy of the tracked files."""
     tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, tracked.split("\0")):
         if (ROOT / name).is_file():

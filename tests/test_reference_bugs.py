@@ -1,4 +1,4 @@
-"""One test for each bug of the released code, which would have failed there. Those of the tuner are in test_nni.py."""
+"""One test for each bug of the released code, where it would fail. Those about the tuner are in test_nni.py."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def test_dataset_dir_has_an_effect(tmp_path, call, tiny, class_folders):
 
 
 def test_the_teacher_builds_no_graph(teacher_file):
-    """Its forward was recorded, and a backward through it run, in every step."""
+    """Every step built its graph and ran a backward pass through it."""
     split = data_loader.read("digits").train
     network, _ = model_factory.load(teacher_file)
     teacher = Teacher(network.requires_grad_(True), split.transform, split, "fp32")
@@ -125,7 +125,7 @@ def test_an_unknown_data_set_is_not_cifar10():
 
 @pytest.mark.parametrize("name", ["resnet9", "resnet", "plane3", "10", "", "None"])
 def test_an_unknown_network_is_an_error_with_the_list(name):
-    """It was a TypeError: 'NoneType' object is not callable."""
+    """It raised TypeError: 'NoneType' object is not callable."""
     with pytest.raises(UserError, match=rf"unknown network '{name}'.*; networks: resnet8 resnet14"):
         model_factory.create(name, 10)
 
@@ -182,7 +182,7 @@ def test_a_checkpoint_from_a_gpu_loads_on_the_cpu(teacher_file, tmp_path, call):
 
 
 def test_an_interrupted_run_continues(tmp_path, call, tiny):
-    """It could not. Here after an epoch; test_train.py has each signal inside an epoch."""
+    """It could not. This stops after an epoch; test_train.py sends each signal inside an epoch."""
     command = (*tiny, "--epochs", "3", "--batch-size", "4", "--run-dir")
     assert call(train, *command, tmp_path / "whole").status == 0
 
@@ -202,7 +202,7 @@ def test_an_interrupted_run_continues(tmp_path, call, tiny):
 
 
 def test_selection_can_be_on_held_out_images(tmp_path, call, tiny):
-    """It was on the test set only. Here the validation images select the epoch, and the record names them."""
+    """It was on the test set only. The validation images select the epoch, and the record names them."""
     command = (*tiny, "--epochs", "4", "--batch-size", "16", "--learning-rate", "0.05", "--validation-split", "0.1")
     assert call(train, *command, "--run-dir", tmp_path).status == 0
     summary = read_json(tmp_path / "summary.json")
@@ -224,7 +224,7 @@ def test_a_tuned_seed_is_the_students_and_not_the_teachers():
 
 
 def test_the_same_seed_gives_the_same_bits(tmp_path, call, run_command, tiny):
-    """The loader's order was unseeded. Here another process, and other draws from the generator before it."""
+    """The loader's order was unseeded. This compares with another process, and after other draws from the generator."""
     torch.rand(17)
     assert call(train, *tiny, "--seed", "5", "--run-dir", tmp_path / "here").status == 0
     assert run_command("train.py", *tiny, "--seed", "5", "--run-dir", tmp_path / "process").status == 0

@@ -1,4 +1,4 @@
-"""train.py --repeat: a run a seed, one teacher for all of them."""
+"""train.py --repeat: one run per seed, one teacher for all of them."""
 
 import json
 
@@ -10,7 +10,7 @@ import train
 from takd.study import collect
 
 
-def test_repeat_makes_a_run_a_seed_and_the_report_groups_them(tmp_path, call, tiny):
+def test_repeat_makes_one_run_per_seed_and_the_report_groups_them(tmp_path, call, tiny):
     command = (*tiny, "--teacher", "plane2", "--seed", "4", "--run-dir", tmp_path)
     outcome = call(train, *command, "--repeat", "2", "--json")
     assert outcome.status == 0, outcome.err
@@ -19,7 +19,7 @@ def test_repeat_makes_a_run_a_seed_and_the_report_groups_them(tmp_path, call, ti
     assert sorted(path.name for path in tmp_path.iterdir()) == ["seed4", "seed5", "teacher"]
     best = [summary["best"]["test_accuracy_percent"] for summary in summaries]
     expected = f"{np.mean(best):.2f} ± {np.std(best, ddof=1):.2f} % at the best epoch"
-    assert expected in outcome.err.splitlines()[-1] and outcome.err.count("The teacher plane2 first:") == 1
+    assert expected in outcome.err.splitlines()[-1] and outcome.err.count("Training the teacher plane2 first:") == 1
     again = call(train, *command, "--repeat", "2")
     assert again.status == 0 and again.out.count("finished ") == 3, "the teacher once, and two students"
     more = call(train, *command, "--repeat", "3")

@@ -1,4 +1,4 @@
-"""report.py: reports of studies, finished and half-way, of collections and kept files, and their HTML page."""
+"""report.py: reports of studies, finished and partial, of collections and kept files, and their HTML page."""
 
 import re
 import shutil
@@ -37,10 +37,10 @@ def test_means_differences_and_tests_are_right(three_seeds, call):
     differences = {row[0]: row for row in rows_of(text, "### Against")}
     assert differences["10 > 4 > 2"][1:3] == ["+1.00 ± 0.10", f"{expected:.3f}"]
     assert "Better than direct distillation by more than the noise between seeds: 10 > 4 > 2." in text
-    assert "3 of 3" not in text and "half-way" not in text
+    assert "3 of 3" not in text and "partial" not in text
 
 
-def test_half_way_is_marked_and_left_out_of_means(three_seeds, write_run, call):
+def test_unfinished_runs_are_marked_and_left_out_of_means(three_seeds, write_run, call):
     shutil.rmtree(three_seeds / "plane10-plane4-plane2-seed2")
     shutil.rmtree(three_seeds / "plane2-seed3")
     write_run(("plane2",), 3, (99,), finished=False)
@@ -85,7 +85,7 @@ def test_a_collection_becomes_a_leaderboard(three_seeds, write_run, tmp_path, ca
     assert plane2[1][:3] == ["plane2", "2", "plane10 > plane4"] and plane2[1][5:] == ["3", "43.50 ± 0.56"]
     assert "88.52 (paper)" in text.split("### cifar10")[1]
     header, first = rows_of(text, "### digits")[0], rows_of(text, "### digits")[2]
-    assert float(first[header.index("s an epoch")]) > 0
+    assert float(first[header.index("s per epoch")]) > 0
 
 
 def test_two_studies_of_the_same_networks_stand_apart(three_seeds, tmp_path, call):
@@ -95,7 +95,7 @@ def test_two_studies_of_the_same_networks_stand_apart(three_seeds, tmp_path, cal
     assert call(report, three_seeds, tmp_path / "again", "--output", tmp_path / "both").status == 0
     text = (tmp_path / "both" / "report.md").read_text()
     sections = text.split("## From plane10 to plane2 on digits")[1:]
-    assert len(sections) == 2 and "half-way" not in text, "each is complete"
+    assert len(sections) == 2 and "partial" not in text, "each is complete"
     for section in sections:
         assert [row[2] for row in rows_of(section, "### All paths")[2:]] == ["3"] * 4
     figures = re.findall(r"\]\((figures/.*?\.png)\)", text)
@@ -136,7 +136,7 @@ def test_a_report_over_no_runs_is_one_line(call, tmp_path, given):
 
 
 def test_a_kept_file_gives_the_same_report(three_seeds, write_run, tmp_path, call):
-    """Half-way too: what is planned is kept with the records."""
+    """Of an unfinished study too: its plan is kept with the records."""
     shutil.rmtree(three_seeds / "plane2-seed3")
     write_run(("plane2",), 3, (99,), finished=False)
     plan.record(three_seeds, plan.plan(three_seeds, SIZES, plan.choose_paths(SIZES, ()), (1, 2, 3, 4), {}, []))

@@ -1,4 +1,4 @@
-"""train.py on digits: the records of a run, agreement with evaluate.py, and continuing to the same bits."""
+"""train.py on digits: the records of a run, agreement with evaluate.py, and continuing bit for bit."""
 
 import json
 import re
@@ -202,12 +202,12 @@ def test_settings_that_do_not_change_the_outcome_may_change(tmp_path, call, tiny
 
 
 # --------------------------------------------------------------------------------------------- continuing
-SLOW = ("--batch-size", "2", "--epochs", "2")  # 719 steps an epoch: time enough to be interrupted inside one
+SLOW = ("--batch-size", "2", "--epochs", "2")  # 719 steps per epoch: long enough to interrupt
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, call, tiny):
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+def uninterrupted(tmp_path_factory, call, tiny):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert call(train, *tiny, *SLOW, "--run-dir", folder).status == 0
     return folder
 
@@ -222,20 +222,20 @@ def interrupted(start_command, tiny, folder, number):
     return process.returncode
 
 
-def assert_continues(call, tiny, folder, undisturbed):
+def assert_continues(call, tiny, folder, uninterrupted):
     assert not (folder / "summary.json").exists()
     outcome = call(train, *tiny, *SLOW, "--run-dir", folder)
     assert outcome.status == 0 and "continuing at epoch" in outcome.out, outcome
-    assert same_weights(last_weights(folder), last_weights(undisturbed))
+    assert same_weights(last_weights(folder), last_weights(uninterrupted))
     timeless = [
         [
             {key: value for key, value in record.items() if "second" not in key}
             for record in read_lines(run / "metrics.jsonl")
         ]
-        for run in (folder, undisturbed)
+        for run in (folder, uninterrupted)
     ]
     assert timeless[0] == timeless[1]
-    best = [checkpoint.read(run / "plane2_seed1_best.pth.tar") for run in (folder, undisturbed)]
+    best = [checkpoint.read(run / "plane2_seed1_best.pth.tar") for run in (folder, uninterrupted)]
     assert best[0]["epoch"] == best[1]["epoch"] and same_weights(
         best[0]["model_state_dict"], best[1]["model_state_dict"]
     )
@@ -243,19 +243,19 @@ def assert_continues(call, tiny, folder, undisturbed):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
 def test_a_signal_inside_an_epoch_saves_and_the_run_continues_bit_for_bit(
-    number, tmp_path, start_command, call, tiny, undisturbed
+    number, tmp_path, start_command, call, tiny, uninterrupted
 ):
     assert interrupted(start_command, tiny, tmp_path / "run", number) == 128 + number
     stopped = checkpoint.read(tmp_path / "run/last.pth.tar")
     assert stopped["epoch"] == 1 and stopped["step"] > 0 and stopped["sums"]["images"] == [2] * stopped["step"]
-    assert_continues(call, tiny, tmp_path / "run", undisturbed)
+    assert_continues(call, tiny, tmp_path / "run", uninterrupted)
 
 
 def test_a_kill_inside_an_epoch_continues_bit_for_bit_from_the_last_save(
-    tmp_path, start_command, call, tiny, undisturbed
+    tmp_path, start_command, call, tiny, uninterrupted
 ):
     assert interrupted(start_command, tiny, tmp_path / "run", signal.SIGKILL) == -signal.SIGKILL
-    assert_continues(call, tiny, tmp_path / "run", undisturbed)
+    assert_continues(call, tiny, tmp_path / "run", uninterrupted)
 
 
 def test_the_folder_of_a_running_run_is_refused(tmp_path, start_command, call, tiny):

@@ -1,6 +1,6 @@
 """A network with 96 % in training and 10 % in evaluation: each possible cause, reproduced.
 
-In every case evaluate.py gives the accuracy of the training or refuses the file, also as a teacher.
+In every case evaluate.py reports the training's accuracy or refuses the file, also as a teacher.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ def test_an_intact_file(contents, scored):
 
 
 def test_weights_that_were_never_loaded_or_trained(contents, scored):
-    """The accuracy is that of the file's weights, with a warning that the file records another one."""
+    """The accuracy of the file's weights, with a warning that the file records another one."""
     outcome = scored(untrained(contents))
     assert outcome.test_accuracy_percent < 30
     assert f"records {contents[PERCENT]:.2f} %" in outcome.err and "does not beat guessing" in outcome.err
@@ -96,7 +96,7 @@ def test_prefix_of_a_wrapper(prefix, contents, scored, distilled_from):
     assert f"{contents[PERCENT]:.2f} % on digits/test" in distilled_from(contents | {"model_state_dict": state}).out
 
 
-def test_a_network_with_a_module_called_like_a_wrapper(contents, scored, tmp_path, monkeypatch):
+def test_a_network_with_a_module_named_like_a_wrapper(contents, scored, tmp_path, monkeypatch):
     """Here `model.` is part of the network's own keys."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_nets.py").write_text(
@@ -113,7 +113,7 @@ def test_a_network_with_a_module_called_like_a_wrapper(contents, scored, tmp_pat
 
 
 def test_a_teacher_beside_the_network(contents, scored):
-    """A file with student and teacher: neither is chosen by guessing."""
+    """A file with student and teacher is refused: there is no guessing which is meant."""
     state = {
         f"{role}.{key}": value for role in ("student", "teacher") for key, value in contents["model_state_dict"].items()
     }
@@ -140,7 +140,7 @@ def test_training_mode(contents):
 
 
 def test_another_normalisation(monkeypatch, tmp_path, call, tiny, scored):
-    """A network is evaluated with the normalisation that it was trained with, also where the data set's has changed."""
+    """A network is evaluated with the normalisation that it was trained with, even if the data set's has changed."""
     with monkeypatch.context() as patch:
         spec = dataclasses.replace(names.DATASETS["digits"], mean=(0.9,) * 3, std=(0.05,) * 3)
         patch.setitem(names.DATASETS, "digits", spec)

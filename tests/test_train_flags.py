@@ -1,4 +1,4 @@
-"""Each flag of train.py: what it changes in the record and in the weights."""
+"""Each flag of train.py: its effect on the record and on the weights."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Usage errors of the commands: one line, exit status 2, nothing written, and at once: before torch is imported."""
+"""Usage errors of the commands: one line, exit status 2, nothing written, before torch is imported."""
 
 import os
 import re
@@ -61,8 +61,8 @@ USAGE_ERRORS = {
         ["--teacher", "plane4", "--augment", "rotate-crop-flip", "--teacher-cache", "full"],
         "--teacher-cache full: random augmentation (rotate-crop-flip) cannot be cached",
     ),
-    "a CUDA graph on the CPU": (["--no-cuda-graph"], "about GPUs"),
-    "TF32 on the CPU": (["--precision", "tf32"], "an arithmetic of GPUs"),
+    "a CUDA graph on the CPU": (["--no-cuda-graph"], "for GPUs only"),
+    "TF32 on the CPU": (["--precision", "tf32"], "for GPUs only"),
     "image size of 0": (["--image-size", "0"], "at least 8"),
     "no epochs": (["--epochs", "0"], "at least 1"),
     "half an epoch": (["--epochs", "1.5"], "whole number"),
@@ -88,7 +88,7 @@ USAGE_ERRORS = {
     "a stray word": (["digits"], "unrecognized arguments"),
     "absent arguments file": (["@absent.txt"], "absent.txt"),
     "open quote in an arguments file": (["@quote.txt"], "quotation"),
-    "arguments file that names itself": (["@self.txt"], "names itself"),
+    "arguments file that includes itself": (["@self.txt"], "includes itself"),
     "binary arguments file": (["@binary.txt"], "UTF-8"),
 }
 
@@ -180,7 +180,7 @@ def test_divergence_is_one_line(tmp_path, call, tiny):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that torch can use")
 def test_a_gpu_that_torch_cannot_use_is_a_user_error():
-    """As with a driver that this build of torch does not know: on this machine there is none."""
+    """As with a driver too old for this build of torch: on this machine there is none."""
     evaluation.check_gpu("cpu")
     with pytest.raises(UserError) as raised:
         evaluation.check_gpu("cuda")

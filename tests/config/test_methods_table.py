@@ -23,14 +23,14 @@ def test_every_method_has_a_row_and_every_row_a_class():
 
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_options_are_the_constructors_keyword_only_arguments(name):
-    """In the constructor without defaults: the table has them."""
+    """Without defaults in the constructor: the table has them."""
     arguments = inspect.signature(classes.METHODS[name]).parameters.values()
     options = {each.name.rstrip("_"): each.default for each in arguments if each.kind is each.KEYWORD_ONLY}
     assert options == dict.fromkeys(methods.METHODS[name].options, inspect.Parameter.empty)
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_a_loss_that_is_no_mean_over_images_is_not_data_parallel(name):
+def test_a_loss_that_is_not_a_mean_over_images_is_not_data_parallel(name):
     together = any(getattr(classes.METHODS[name], key, False) for key in ("one_process", "needs_index"))
     assert methods.METHODS[name].data_parallel is (not together) is (name not in ("sp", "rkd", "pkt", "crd"))
 
@@ -249,7 +249,7 @@ def test_a_users_class_may_have_both_and_neither(own):
     [
         (
             "Network",
-            "its constructor asks for network; options stand behind a *, before it only student, teacher and labels",
+            "its constructor requires network; options come after a *, and only student, teacher and labels before it",
         ),
         ("NoDefault", "its option beta needs a default that is a number, a word, True or False"),
         ("ListDefault", "its option beta needs a default that is a number, a word, True or False"),
@@ -268,7 +268,7 @@ def test_what_is_wrong_with_a_users_class_is_one_line(own, name, message, capsys
     assert end.value.code == 2 and message in error and f"{own}" in error and error.count("\n") == 1
 
 
-def test_another_content_of_a_users_file_is_another_run(own, tmp_path):
+def test_a_changed_users_file_is_another_run(own, tmp_path):
     before = parse("--method", f"{own}:Defaults")
     (tmp_path / "own.py").write_text(OWN + "# another line\n")
     after = parse("--method", f"{own}:Defaults")

@@ -1,6 +1,6 @@
-"""Inside an NNI trial, without the experiment around it: the files and variables of NNI's local platform, and NNI.
+"""An NNI trial without an experiment, in the environment and with the files of NNI's local platform.
 
-What the tuner proposes, what is refused, which results it gets, and where files are. tests/test_nni.py runs a real
+What the tuner proposes, what is refused, which results are reported, and where files are. tests/test_nni.py runs a real
 experiment.
 """
 
@@ -43,7 +43,7 @@ def in_trial(folder, proposed, trial="a1"):
 
 
 def trial_log(folder, trial="a1"):
-    """What the trial printed: NNI turns its standard output into this file."""
+    """What the trial printed: NNI redirects its standard output to this file."""
     with contextlib.suppress(FileNotFoundError):
         return (folder / "nni" / trial / "trial.log").read_text()
     return ""
@@ -156,7 +156,7 @@ def test_two_trials_at_once_share_one_teacher_and_keep_the_rest_apart(start_comm
 
 @needs_nni
 def test_temperature_and_lambda_of_a_network_without_teacher_are_noted_as_without_effect(run_command, tmp_path):
-    """With a validation split, the tuner gets the accuracy on it. Without --run-dir the folder is the experiment's."""
+    """With a validation split, the accuracy on it is reported. Without --run-dir the folder is the experiment's."""
     proposed = {"T_student": 5, "lambda_student": 0.5, "seed": 55}
     command = (*TINY, "--validation-split", "0.2")
     outcome = run_command("train.py", *command, cwd=tmp_path, **in_trial(tmp_path, proposed))

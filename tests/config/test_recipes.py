@@ -1,4 +1,4 @@
-"""Recipes: their schedules as lists, precedence of flags, and the released code's arithmetic done again beside ours."""
+"""Recipes: their schedules as lists, precedence of flags, and the released code's computation repeated beside ours."""
 
 import pytest
 import torch
@@ -122,7 +122,7 @@ def test_flags_take_precedence_over_the_recipe(recipe):
     assert {config.origins[key] for key in given} == {"command line"}
 
 
-def test_what_is_not_given_is_recorded_as_the_recipes():
+def test_settings_not_given_are_recorded_as_the_recipes():
     config = parse("--student", "resnet8")
     derived = "learning_rate momentum weight_decay milestones learning_rate_decay nesterov augment epochs batch_size"
     assert {config.origins[key] for key in derived.split()} == {"recipe paper"}

@@ -1,4 +1,4 @@
-"""RunConfig: what makes a run the same run, names of folders, and the runs of teachers and repetitions."""
+"""RunConfig: the identity of runs, names of folders, and the runs of teachers and repetitions."""
 
 import dataclasses
 import json
@@ -177,7 +177,7 @@ NOT_TO_TEACHER = (
 
 @pytest.mark.parametrize("student", ["plane2", "resnet8"])
 def test_a_teachers_run_is_that_of_its_own_command(student):
-    """It gets the student's data, length, seed and recipe, and its own family's optimisation settings."""
+    """It has the student's data, length, seed and recipe, and its own family's optimisation settings."""
     config = parse(f"--student {student} --teacher plane10 {TO_TEACHER} {NOT_TO_TEACHER}")
     expected = parse(f"--student plane10 {TO_TEACHER}")
     teacher = config.teacher_config()
@@ -199,7 +199,7 @@ def test_a_teacher_is_beside_its_student_in_a_given_folder(distilled):
 
 
 @pytest.mark.parametrize("teacher, pretrained", [("torchvision:resnet18", True), ("resnet50", True), ("plane4", None)])
-def test_only_a_teacher_of_torchvisions_is_pretrained(teacher, pretrained):
+def test_only_a_torchvision_teacher_is_pretrained(teacher, pretrained):
     config = parse(f"--student torchvision:resnet18 --teacher {teacher} --pretrained")
     assert config.teacher_config().pretrained is pretrained
 

@@ -1,4 +1,4 @@
-"""takd.files.import_class: a class of the user's own out of FILE.py, whose imports find the modules beside it."""
+"""takd.files.import_class: a class from the user's own FILE.py, whose imports find the modules beside it."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ NAMES = (*OURS, "evaluate", "report", "distill_paths", "losses", "files", "names
 
 @pytest.fixture(autouse=True)
 def path(monkeypatch):
-    """sys.path as it was, after the test."""
+    """Restores sys.path after the test."""
     monkeypatch.setattr(sys, "path", sys.path.copy())
 
 
@@ -51,7 +51,7 @@ class Mine:
     assert (found.__name__, found.word, found().later()) == ("Mine", "helper", "other")
 
 
-def test_its_own_modules_go_before_the_suites_which_are_found_again_afterwards(folder):
+def test_its_own_modules_precede_the_suites_which_are_found_again_afterwards(folder):
     """The suite's are imported already, as train.py has when it builds the network."""
     imports = "".join(f"import {name}\n" for name in NAMES)
     marks = f"class Mine:\n    marks = [{', '.join(f'{name}.mark' for name in NAMES)}]\n"
@@ -60,7 +60,7 @@ def test_its_own_modules_go_before_the_suites_which_are_found_again_afterwards(f
     assert files.import_class(f"{place}/nets.py:Mine").marks == [f"my {name}" for name in NAMES]
     assert {name: sys.modules.get(name) for name in NAMES} == before
     assert {name: __import__(name) for name in OURS} == OURS
-    import evaluate  # not imported so far, perhaps
+    import evaluate  # perhaps not yet imported
 
     assert evaluate.__file__ == str(ROOT / "evaluate.py")
 

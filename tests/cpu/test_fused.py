@@ -85,8 +85,8 @@ def test_repeated_steps_are_equal_bit_for_bit():
 @pytest.mark.parametrize(
     "channels, shape, pool", [(10, (4, 6, 6), True), (16, (4, 5, 7), True), (10, (4, 5, 7), False)], ids=str
 )
-def test_what_the_kernels_do_not_support_is_pytorchs(channels, shape, pool, called):
-    """Numbers of channels that are no multiple of 16, and odd sizes before a pool."""
+def test_cases_without_kernels_are_pytorchs(channels, shape, pool, called):
+    """Numbers of channels that are not multiples of 16, and odd sizes before a pool."""
     given = *layers(channels), images(*shape)
     ours, theirs = (training_step(each, *given, pool=pool) for each in (fused.conv_norm, fused.reference))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)) and not called

@@ -25,7 +25,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def split(digits):
-    """Enough images for a few steps an epoch."""
+    """Enough images for a few steps per epoch."""
     return digits.subset(torch.arange(300), "digits/part")
 
 
@@ -104,7 +104,7 @@ def test_a_second_run_reads_the_filled_table(teacher_file, split):
 
 
 def test_a_table_is_bound_to_everything_that_its_logits_depend_on(teacher_file, split):
-    """Teacher, images, their order, normalisation and augmentation: another of them has another file."""
+    """Teacher, images, their order, normalisation and augmentation: if one differs, so does the file."""
     attach(teacher_of(teacher_file, split), split, teacher_file)
     (first,) = table_files(teacher_file)
     attach(teacher_of(teacher_file, split), split, teacher_file)
@@ -161,7 +161,7 @@ def test_a_damaged_table_is_rebuilt(damage, teacher_file, split):
         assert close(tabled(second, batch), live(second, batch))
 
 
-def test_a_resident_table_is_filled_before_the_epoch_and_written_behind_it(teacher_file, split):
+def test_a_resident_table_is_filled_before_the_epoch_and_written_in_the_background(teacher_file, split):
     """As on a GPU: no step calls the teacher, and another run finds the rows in the file."""
     teacher, later = (teacher_of(teacher_file, split) for _ in range(2))
     attach(teacher, split, teacher_file)

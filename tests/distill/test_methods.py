@@ -34,7 +34,7 @@ def options_of(name, **others):
     return {key: option.default for key, option in tables.METHODS[name].options.items()} | FEW.get(name, {}) | others
 
 
-# ------------------------------------------------------------------------------- the same again, by hand
+# --------------------------------------------------------------------------- the formulas again, by hand
 def kl(p, q):
     return sum(a * np.log(a / b) for a, b in zip(p, q, strict=True))
 
@@ -273,7 +273,7 @@ def test_lskd_is_invariant_to_shift_and_scale():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_equal_networks_have_a_distillation_loss_of_zero(name):
-    """But for CRD with its random banks and FitNet with its random regressor."""
+    """Except CRD with its random banks and FitNet with its random regressor."""
     both = tensors(arrays(1))
     for part, value in called(built(name, both, both), both, both).items():
         assert part in ("loss", "ce", "crd", "fitnet") or float(value) == pytest.approx(0, abs=1e-6), part
@@ -282,7 +282,7 @@ def test_equal_networks_have_a_distillation_loss_of_zero(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("chosen", [slice(None), slice(1)], ids=["a batch", "one image"])
 def test_losses_of_bf16_features_are_float32_and_finite(name, chosen):
-    """Also in an epoch's last batch of a single image."""
+    """Also for an epoch's last batch of one image."""
     both = tensors(arrays(1), torch.bfloat16), tensors(arrays(2), torch.bfloat16)
     method = built(name, *both)
     student, teacher = (rows(each, chosen) for each in both)
@@ -398,7 +398,7 @@ def test_a_student_learns(name, tmp_path, distil):
 
 @pytest.mark.parametrize("name", ["crd", pytest.param("fitnet", marks=pytest.mark.slow)])
 def test_a_methods_parameters_and_buffers_continue_bit_for_bit(name, tmp_path, distil, monkeypatch):
-    """Stopped inside the second epoch: weights, the method's state and the optimizer's end as in an undisturbed run."""
+    """Stopped inside the second epoch: weights, method and optimizer state end as in an uninterrupted run."""
     flags = ("--epochs", "2", "--batch-size", "64", *option_flags(name))
     assert distil(tmp_path / "whole", name, *flags).status == 0
     step, calls = engine.TrainStep.__call__, []
@@ -434,7 +434,7 @@ def test_base_is_training_without_a_teacher(tmp_path, call, tiny, distil):
 
 
 def test_logit_without_labels(tmp_path, distil):
-    """With ce_weight 0 the teacher's mistakes are learned too."""
+    """With ce_weight 0 the student learns the teacher's mistakes too."""
     assert distil(tmp_path / "run", "logit", "--method-option", "ce_weight=0", "weight=1").status == 0
     record = read_lines(tmp_path / "run/metrics.jsonl")[0]
     assert record["train_loss"] == pytest.approx(record["train_logit"], rel=1e-6)
@@ -449,7 +449,7 @@ def test_warmup_grows_with_the_epochs(tmp_path, distil):
 
 # ---------------------------------------------------------------------------------------------- options
 def test_help_lists_every_method_and_option(run_command):
-    """Those of the classes' constructors, with the defaults that runs get, and a meaning each."""
+    """Those of the classes' constructors, with the defaults of runs, each with a meaning."""
     out = run_command("train.py", "--help-methods").out
     for name, method_class in methods.METHODS.items():
         block = re.search(rf"^{name} +(.+)\n((?: .+\n)*)", out, re.MULTILINE)
@@ -497,7 +497,7 @@ def test_later_settings_leave_the_identity_of_earlier_runs():
 
 
 @pytest.mark.parametrize("name", ["sp", "rkd", "pkt", "crd"])
-def test_a_loss_that_is_no_mean_over_images_is_refused_for_several_processes(name, monkeypatch, capsys):
+def test_a_loss_that_is_not_a_mean_over_images_is_refused_for_several_processes(name, monkeypatch, capsys):
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
     for key, value in {**place, "MASTER_PORT": 1}.items():
         monkeypatch.setenv(key, str(value))
@@ -553,7 +553,7 @@ OWN_ERRORS = {
     "not a whole number": (OWN, "Own", ["size=2.5"], "whole number"),
     "neither yes nor no": (OWN, "Own", ["sharp=maybe"], "yes or no"),
     "no default": (OWN.replace("sharp=False", "sharp"), "Own", [], "needs a default"),
-    "another argument": (OWN.replace("student, *", "network, *"), "Own", [], "asks for network"),
+    "another argument": (OWN.replace("student, *", "network, *"), "Own", [], "requires network"),
     "an import that fails": ("import absent\n" + OWN, "Own", [], "No module named 'absent'"),
     "a constructor that fails": (OWN.replace(".shape[1]", ".shape[5]"), "Own", [], "line 11"),
     "a call that fails": (OWN.replace("self.layer(", "self.layre("), "Own", [], "layre"),
@@ -573,7 +573,7 @@ def test_an_error_in_the_users_method_is_one_line_and_nothing_is_written(case, t
 
 
 def test_an_error_in_the_users_method_while_it_trains_is_one_line(tmp_path, distil):
-    """At the epoch's last batch, the only one of another size."""
+    """In the epoch's last batch, the only one of another size."""
     failing = "        assert len(labels) in (2, 512), 'odd batch'\n        return"
     (tmp_path / "own.py").write_text(OWN.replace("        return", failing))
     outcome = distil(tmp_path / "run", f"{tmp_path / 'own.py'}:Own", "--batch-size", "512")

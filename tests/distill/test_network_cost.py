@@ -59,7 +59,7 @@ def test_multiply_accumulates_of_attention():
 
 
 def test_latency_is_the_median_after_a_warm_up(monkeypatch):
-    """With a clock that each call advances by its own duration, the first two, the warm-up, by far the most."""
+    """With a clock that each call advances by its duration; the first two, the warm-up, take by far the longest."""
 
     class Slow(torch.nn.Linear):
         def forward(self, images):

@@ -110,7 +110,7 @@ def test_the_score_is_the_networks(teacher_file, digits):
     assert len(lines) == 1 and f"{plain:.2f}" in lines[0]
 
 
-def test_a_score_unlike_the_recorded_one_is_a_warning(teacher_file, digits):
+def test_a_score_unlike_the_recorded_one_gives_a_warning(teacher_file, digits):
     lines = []
     teacher_of(teacher_file, digits.train).score(digits.test, teacher_file, 50.0, lines.append)
     assert lines[-1].startswith("warning:")

@@ -35,8 +35,8 @@ CASES = [f"{network}, {method}" for network in FAMILIES.values() for method in (
 COMMON = "--dataset digits --train-images 640 --batch-size 32 --epochs 1 --learning-rate 0.001 --cuda 0".split()
 COMMON += ["--precision", "fp32"]
 
-# Weights so small that rounding stays rounding for five steps; the methods' own are large, and made for rates that
-# fall.
+# Weights small enough for rounding to stay small for five steps; the methods' own are large, and meant for decaying
+# learning rates.
 OPTIONS = {
     "at": ["beta=100"],
     "at_st": ["beta=30"],
@@ -48,7 +48,7 @@ OPTIONS = {
 
 
 def machine():
-    """A digest of what the bits of a sum depend on: processor, its caches, and PyTorch."""
+    """A digest of what rounding depends on: the processor, its caches, and PyTorch."""
     about = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     lines = {line for line in about.splitlines() if line.startswith(("model name", "flags", "cache size"))}
     return hashlib.blake2b(f"{sorted(lines)} {torch.__version__}".encode(), digest_size=8).hexdigest()
@@ -92,7 +92,7 @@ def measure(case, folder):
 
 
 def differences(case, found, expected, same_machine):
-    """What differs from the golden losses by more than it may, as lines."""
+    """Differences from the golden losses beyond the tolerance, as lines."""
     if same_machine:
         return [] if found == expected else [f"{case}: {found} is not {expected}, bit for bit"]
     pairs = zip(found["losses"][:5], expected["losses"], strict=False)

@@ -36,8 +36,7 @@ def test_a_difference_is_found():
 
 
 def test_a_run_half_trained_by_an_earlier_version_continues(tmp_path, run_command):
-    """It was stopped inside its second epoch of four; `end.pth.tar` holds what that version's undisturbed run ended
-    with."""
+    """It was stopped inside its second epoch of four; `end.pth.tar` is the end of that version's uninterrupted run."""
     left = golden.HERE / "half_trained"
     shutil.copytree(left, tmp_path / "run", ignore=shutil.ignore_patterns("end.pth.tar"))
     command = "--student plane2 --teacher plane2 --dataset digits --train-images 640 --batch-size 32 --epochs 4"

@@ -109,8 +109,8 @@ def test_random_views_are_the_same_from_any_number_of_workers(source, photograph
     assert not torch.equal(here[0].images, epoch(split, 1, **options)[0].images)
 
 
-def test_random_views_are_of_the_original_pixels(photograph_split):
-    """Not of the small copies that are kept: a crop of a large image keeps its detail."""
+def test_random_views_are_of_the_original_files(photograph_split):
+    """Not of the small decoded copies: a crop of a large image keeps its detail."""
     batch = epoch(photograph_split, augment="rotate-crop-flip", batch_size=10)[0]
     with Image.open(photograph_split.files[int(batch.index[0])]) as image:
         pixels = torch.from_numpy(np.array(image).transpose(2, 0, 1))

@@ -35,7 +35,7 @@ def md5(path):
 
 @pytest.fixture
 def server(tmp_path):
-    """A web server on this machine: the requests that it got, and an event that it waits for before it answers."""
+    """A web server on this machine: the requests it received, and an event that it waits for before it responds."""
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         def do_GET(self):
@@ -211,7 +211,7 @@ def test_usage_errors_of_the_download_command(argv, message, run_command):
 
 
 # ---------------------------------------------------------------------------------------------- real images
-def test_digits_are_what_the_tables_have():
+def test_digits_agree_with_the_data_sets_row():
     splits, spec = data_loader.read("digits"), names.DATASETS["digits"]
     assert (len(splits.train), len(splits.test)) == (spec.train_images, spec.test_images)
     pixels = splits.train.images.double().div(255)
@@ -224,7 +224,7 @@ def test_digits_are_what_the_tables_have():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_real_cifar(name, cifar_dir):
-    """Whole, and with the means and deviations per channel that the released code normalises by."""
+    """Complete, with the means and standard deviations per channel that the released code normalises by."""
     splits, spec = data_loader.read(name, cifar_dir, download=False), names.DATASETS[name]
     assert (len(splits.train), len(splits.test)) == (50_000, 10_000)
     assert set(torch.bincount(splits.train.labels).tolist()) == {50_000 // spec.classes}

@@ -33,7 +33,7 @@ def cifar(tmp_path, class_folders):
 
 
 def read(place, size=32):
-    """(splits, lines said) of photographs, or of the cifar10 in a folder of that name."""
+    """(splits, lines printed) of photographs, or of the cifar10 in a folder of that name."""
     said, place = [], Path(place)
     name, place, size = ("cifar10", place.parent, None) if place.name == "cifar10" else ("folder", place, size)
     return data_loader.read(name, place, download=False, say=said.append, image_size=size), said
@@ -47,7 +47,7 @@ def refused(place, match):
 
 
 def free_memory(monkeypatch, bytes_free):
-    """What the system reports as available."""
+    """The memory that the system reports as available."""
     read_text = pathlib.Path.read_text
 
     def reported(path, *options, **more):
@@ -104,7 +104,7 @@ def test_val_beside_test_selects_the_epoch(folder):
     assert read(folder)[0].selection == "test"
 
 
-def test_folders_in_folders_and_files_that_are_no_images(folder):
+def test_nested_folders_and_files_that_are_not_images(folder):
     (folder / "train/red/deep/er").mkdir(parents=True)
     shutil.move(folder / "train/red/00.jpg", folder / "train/red/deep/er/00.jpg")
     (folder / "train/red/notes.txt").write_text("no image")
@@ -143,7 +143,7 @@ def test_layouts_of_cifar_that_are_refused(change, message, cifar):
 
 # ----------------------------------------------------------------------------------------------- the cache
 @pytest.mark.parametrize("place", ["folder", "cifar"])
-def test_images_are_decoded_once_a_size(place, request):
+def test_images_are_decoded_once_per_size(place, request):
     place = request.getfixturevalue(place)
     first, said = read(place)
     assert any("decoding" in line for line in said)
@@ -157,7 +157,7 @@ def test_images_are_decoded_once_a_size(place, request):
             read(place, 24)
 
 
-def test_a_changed_folder_is_decoded_anew(cifar):
+def test_a_changed_folder_is_decoded_again(cifar):
     before = read(cifar)[0].train
     image = cifar / "train/class000/0.png"
     Image.new("RGB", (32, 32), (1, 2, 3)).save(image)
@@ -171,7 +171,7 @@ def test_a_changed_folder_is_decoded_anew(cifar):
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"x" * 500])
-def test_a_damaged_cache_is_made_anew(cifar, damage):
+def test_a_damaged_cache_is_rebuilt(cifar, damage):
     first = read(cifar)[0].train.images.clone()  # not the mapped file itself, which is about to shrink
     (cache,) = cifar.glob("takd-decoded-32-*.npy")
     cache.write_bytes(damage(cache.read_bytes()))
@@ -191,7 +191,7 @@ def test_images_that_do_not_fit_into_memory_are_mapped(folder, monkeypatch):
 
 @pytest.mark.parametrize("full", [True, False])
 def test_where_decoded_images_cannot_be_kept(folder, monkeypatch, full):
-    """A read-only share: they stay in memory, where it has room."""
+    """A read-only share: they stay in memory if they fit."""
     expected = read(folder)[0].train.images.clone()
     for cache in folder.glob("takd-decoded*"):
         cache.unlink()
@@ -280,8 +280,8 @@ def test_images_of_other_modes_in_cifar_become_rgb(cifar):
 
 
 @pytest.mark.parametrize("orientation, corner", [(1, (0, 0)), (3, (1, 1)), (6, (0, 1)), (8, (1, 0)), (2, (0, 1))])
-def test_images_are_turned_by_their_exif(folder, orientation, corner):
-    """A white corner, top left as stored, is where a viewer shows it."""
+def test_images_are_rotated_by_their_exif(folder, orientation, corner):
+    """A white corner, stored at the top left, is where an image viewer shows it."""
     image = square(0, 0, 0)
     image.paste((255, 255, 255), (0, 0, 20, 20))
     exif = Image.Exif()
@@ -301,7 +301,7 @@ def test_files_that_cannot_be_used_are_counted_and_named(folder):
         (folder / f"val/green/{i:02}.jpg").write_bytes(contents)
     (folder / "train/red/link.jpg").symlink_to("nowhere")
     Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(folder / "train/red/99.tif")
-    three = r".*red/99\.tif \(floating-point pixels\); .*red/link\.jpg \(.*\); .*; \.\.\.; mend"
+    three = r".*red/99\.tif \(floating-point pixels\); .*red/link\.jpg \(.*\); .*; \.\.\.; fix"
     refused(folder, f"6 of 56 images cannot be used, first {three}")
 
 
@@ -318,7 +318,7 @@ def test_an_image_of_cifar_of_another_size_is_named(cifar):
 
 
 # -------------------------------------------------------------------------------------------------- digest
-def test_a_folders_digest_is_of_names_and_sizes_wherever_it_lies(folder, photographs):
+def test_a_folders_digest_is_of_names_and_sizes_wherever_it_is(folder, photographs):
     before = folders.folder_digest(folder)
     assert before == folders.folder_digest(photographs)
     os.utime(folder / "train/red/00.jpg", ns=(0, 0))

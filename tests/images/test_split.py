@@ -1,4 +1,4 @@
-"""Splits: what a network gets of them, held-out and fewer images, and the order of classes."""
+"""Splits: the networks' input, held-out and fewer images, and the order of classes."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_images_are_resized_as_torchvision_does(train, size):
 
 def test_another_size_has_imagenets_normalisation(train):
     resized = data_loader.read("digits", image_size=48).train
-    assert resized.images.shape[-1] == 32  # they are resized when a network gets them
+    assert resized.images.shape[-1] == 32  # they are resized for the network, batch by batch
     assert resized.transform == (names.IMAGENET_MEAN, names.IMAGENET_STD, 48) and resized.image_size == 48
     spec = names.DATASETS["digits"]
     assert data_loader.read("digits", image_size=32).train.transform == train.transform == (spec.mean, spec.std, 32)

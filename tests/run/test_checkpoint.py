@@ -33,7 +33,7 @@ def refused(path, match):
 
 
 class Trap:
-    """Unpickling it creates a folder, as code in a file could."""
+    """Unpickling it creates a folder, as malicious code in a file could."""
 
     def __init__(self, folder):
         self.folder = folder

@@ -66,15 +66,15 @@ def assert_close(state, expected, rtol, atol):
 
 
 def first_words(out):
-    """Of the lines, which differ in times, speeds, folders and the number of processes."""
+    """The first word of each line; the rest differs in times, speeds, folders and the number of processes."""
     return [line.split()[0] for line in out.splitlines()]
 
 
-# ------------------------------------------------------------------------------------- what one process would
+# --------------------------------------------------------------------------- the same as with one process
 @pytest.mark.parametrize("size", range(1, 6))
 @pytest.mark.parametrize("images", range(1, 12))
 def test_parts_of_a_batch(images, size):
-    """Every image once, in parts of equal size but for one; a batch smaller than the group is whole in each process."""
+    """Every image once, in parts of equal size but for one; a batch smaller than the group is not split."""
     parts = [part_of(slice(20, 20 + images), rank, size) for rank in range(size)]
     assert sum(part.share for part in parts) == pytest.approx(1)
     assert all(part.images == images and part.weight == pytest.approx(part.share * size) for part in parts)
@@ -153,7 +153,7 @@ def test_bf16(tmp_path, call, group, tiny):
 # --------------------------------------------------------------------------------------- stopping and failing
 @pytest.fixture
 def under_way(start_group):
-    """under_way(*arguments, folder) -> a launcher whose two processes are past their first epoch, and save often."""
+    """under_way(*arguments, folder) -> a launcher whose two processes have finished an epoch, and save often."""
 
     def past_first_epoch(run):
         last = run / "last.pth.tar"
@@ -191,7 +191,7 @@ def test_a_signal_saves_and_the_same_command_continues(number, tmp_path, call, u
 
 
 @pytest.mark.slow
-def test_a_continued_group_ends_with_the_bits_of_an_undisturbed_one(tmp_path, under_way, group, tiny):
+def test_a_continued_group_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, under_way, group, tiny):
     process = under_way(*tiny, *SMALL, "--run-dir", tmp_path / "run")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=300)

@@ -36,7 +36,7 @@ def test_a_killed_process_is_reported(start_group):
     assert (status, out) == (128 + signal.SIGKILL, "") and err.startswith("process 1 of 2 was ended by SIGKILL")
 
 
-def test_a_signal_that_torchrun_would_keep_is_passed_on(start_group):
+def test_a_signal_that_torchrun_does_not_forward_is_forwarded(start_group):
     handler = "signal.signal(signal.SIGUSR1, lambda *_: exit(5))"
     process = start_group(2, "-c", f"import os, signal, time; {handler}; os.write(1, b'ready\\n'); time.sleep(600)")
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2

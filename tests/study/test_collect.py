@@ -20,7 +20,7 @@ def test_runs_that_differ_in_their_seed_are_a_group(three_seeds, write_run):
 
 @pytest.mark.parametrize("parts", [("runs",), ("runs", "again"), ("runs/a", "runs/b")])
 def test_kept_runs_are_read_as_the_folders_are(parts, write_run, tmp_path):
-    """Also where runs of several folders have the same names, as those of --repeat (seed1, seed2) and teachers do."""
+    """Even if runs in several folders have the same names, as those of --repeat (seed1, seed2) and teachers do."""
     for part in parts:
         for path in (("plane10",), ("plane10", "plane2"), ("plane2",)):
             for seed in (1, 2):

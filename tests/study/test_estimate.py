@@ -1,4 +1,4 @@
-"""What a study will take: hand arithmetic, earlier runs on this machine, and lines of train.py --measure."""
+"""Estimates of time and disk: hand arithmetic, earlier runs on this machine, and lines of train.py --measure."""
 
 from conftest import read_json
 

@@ -1,4 +1,4 @@
-"""The plan of a path study: which trainings, in which order, each made once, and what each is given."""
+"""The plan of a path study: which trainings, each once, in which order and with which settings."""
 
 import pytest
 

@@ -13,7 +13,7 @@ CLASSES = ("cat", "accuracy", "dog")
 
 @pytest.fixture
 def scored():
-    """Of three classes one without images, and one called like a row of the classification report."""
+    """Three classes, one without images, and one named like a row of the classification report."""
     result = {"checkpoint": "run/net.pth.tar", "model": "plane2", "path": ["plane2"], "dataset": "pets", "images": 4}
     result |= {
         "test_accuracy_percent": 75.0,
