@@ -1,7 +1,8 @@
 # For machines with NVIDIA GPUs and their Container Toolkit: torch's wheels bring CUDA, the host brings the driver.
 #
 #   docker build -t takd .
-#   docker run --rm --gpus all --shm-size 8g -v "$PWD/data:/takd/data" -v "$PWD/runs:/takd/runs" takd train.py --student resnet20 --cuda 1
+#   docker run --rm --gpus all --shm-size 8g -v "$PWD/data:/takd/data" -v "$PWD/runs:/takd/runs" takd \
+#     train.py --student resnet20 --cuda 1
 #
 # --shm-size: through it the processes that make --augment rotate-crop-flip hand over their images.
 FROM python:3.12-slim

@@ -11,7 +11,8 @@ demo: .venv/installed
 	$(DEMO)/student --student plane2 --teacher plane4 --teacher-checkpoint runs/demo/assistant/plane4_seed1_best.pth.tar
 	$(DEMO)/direct --student plane2 --teacher plane10 --teacher-checkpoint runs/demo/teacher/plane10_seed1_best.pth.tar
 	$(DEMO)/alone --student plane2
-	$(BIN)/python evaluate.py --checkpoint $(foreach run,teacher assistant student direct alone,runs/demo/$(run)/*_best.pth.tar)
+	$(BIN)/python evaluate.py --checkpoint \
+	    $(foreach run,teacher assistant student direct alone,runs/demo/$(run)/*_best.pth.tar)
 
 # Under 4 minutes on 2 cores. test-all adds what takes minutes or a service: NNI, SLURM, a browser, CIFAR (where
 # TAKD_CIFAR_DIR names it), and all fast tests once more in a copy without takd/cpu.

@@ -35,6 +35,12 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     try:
+        instead = [flag for flag, given in (("--keep", args.keep), ("--table", args.table is not None)) if given]
+        unused = [
+            flag for flag, given in (("--output", args.output), ("--price-per-hour", args.price_per_hour)) if given
+        ]
+        if len(instead) > 1 or (instead and unused):
+            raise UserError(f"{instead[0]} writes no report: {[*instead[1:], *unused][0]} has no effect; leave one out")
         found = collect.collect(args.runs)
         runs = list(found.runs.values())
         if not runs:
@@ -53,6 +59,8 @@ def main(argv: list[str] | None = None) -> None:
 
         if args.table is not None:
             groups = [group for group in collect.group(runs) if not args.table or group.path[-1] in args.table]
+            if not groups:
+                raise UserError(f"no finished run of {' '.join(args.table)} in {' '.join(args.runs)}")
             return print(sections.compact_table(groups).markdown(), end="")
         place = Path(args.runs[0])
         document = Document(args.output or (place.parent / place.stem if place.suffix == ".jsonl" else place))

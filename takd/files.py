@@ -116,7 +116,8 @@ _user_modules: dict[tuple[Path, bytes], Any] = {}
 def import_class(name: str) -> Any:
     """The class or function that `FILE.py:CLASS` names. This runs the file, once; its errors become UserErrors.
 
-    The file imports modules beside it as a script would: its own losses.py or data_loader.py, never the suite's.
+    The file imports modules beside it as a script would: its own losses.py or data_loader.py, not the suite's,
+    which only imports inside functions find first.
     """
     file, _, class_name = name.strip().rpartition(":")
     path = Path(file).resolve()

@@ -100,7 +100,13 @@ def test_files_that_the_documents_name_exist(document):
     named = re.findall(rf"`((?:{'|'.join(folders)})/[\w./]+|\w+\.(?:py|c|yml|txt)|Makefile)`", text)
     in_blocks = r"(?<![\w./-])([\w/]+\.(?:py|c|sh|sbatch)|results/[\w./-]+)(?![\w:])"
     named += re.findall(in_blocks, "\n".join(blocks(text)))
-    missing = [name for name in named if not ((ROOT / name).exists() or name in present)]
+    if not (ROOT / "takd" / "cpu").exists():  # it can be deleted
+        present |= {"takd/cpu", "kernels.c", "fused.py"}
+    missing = [
+        name
+        for name in named
+        if not ((ROOT / name).exists() or name in present or name.startswith("takd/cpu/") and "takd/cpu" in present)
+    ]
     links = re.findall(r"\]\(((?!http)[\w./]+)\)", text)
     missing += [link for link in links if not (document.parent / link).exists()]
     assert not missing

@@ -79,6 +79,8 @@ USAGE_ERRORS = {
     "temperature without a teacher": (["--temperature", "4"], "--temperature needs --teacher"),
     "checkpoint without a teacher": (["--teacher-checkpoint", "x"], "--teacher-checkpoint needs --teacher"),
     "Nesterov without momentum": (["--nesterov", "--momentum", "0"], "--momentum above 0"),
+    "one and a half images": (["--validation-split", "1.5"], "neither a share below 1 nor a whole number"),
+    "an epoch of a measurement": (["--measure", "plane2", "--epochs", "3"], "--epochs has no effect"),
     "negative seed": (["--seed", "-1"], "at least 0"),
     "seed too large": (["--seed", str(2**63)], "at most"),
     "cuda maybe": (["--cuda", "maybe"], "neither yes or no"),

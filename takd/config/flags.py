@@ -150,6 +150,14 @@ def option_value(option: methods.Option, text: str) -> methods.Value:
     return number(kind, minimum=option.minimum, maximum=option.maximum)(text)
 
 
+def share_or_count(text: str) -> float:
+    """A share below 1, or a whole number."""
+    value = number(float, minimum=0)(text)
+    if value > 1 and value % 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a share below 1 nor a whole number of images")
+    return value
+
+
 def cuda(text: str) -> int:
     """Number of GPUs: the released code's spellings of yes and no, or a count; anything else is an error."""
     word = text.strip().lower()
@@ -225,7 +233,7 @@ def train_parser(description: str = "") -> Parser:
     flag("--train-images", type=whole, metavar="N", help="train on only N images, the same share of each class")
     switch("--download", "download an absent data set (the default)")
     switch("--no-download", "never download a data set")
-    flag("--validation-split", type=number(float, minimum=0), default=0.0, metavar="SHARE",
+    flag("--validation-split", type=share_or_count, default=0.0, metavar="SHARE",
          help="share or number of training images held out to select the best epoch, in place of the test set")
     flag("--augment", choices=("auto", *names.VIEWS), default="auto", help="auto: the recipe's")
     flag("--workers", type=number(int, minimum=0), metavar="N",

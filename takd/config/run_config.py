@@ -29,6 +29,7 @@ INCIDENTAL = (
     "teacher_checkpoint", "teacher_cache", "dataset_dir", "download", "workers", "cuda", "cuda_graph", "run_dir",
     "save_minutes", "json",
 )
+MEASURED = ("dataset", "image_size", "batch_size", "precision", "cuda", "cuda_graph")  # what --measure depends on
 UNRECORDED = ("device", "repeat", "measure", "origins")  # config.json has origins separately
 DERIVED = ("recipe", "default of", "data set", "resolved", "its")  # beginnings of the origins of values not given
 # fmt: on
@@ -188,6 +189,10 @@ def _check_combinations(given: Mapping[str, Any], origins: Mapping[str, str]) ->
         for key in NEED_TEACHER:
             if key in given and origins[key] != "tuner" and (key, given[key]) != ("method", "base"):
                 raise UserError(f"--{key.replace('_', '-')} needs --teacher")
+    if "measure" in given and (unused := sorted(given.keys() - {"measure", *MEASURED})):
+        raise UserError(f"--measure trains nothing: --{unused[0].replace('_', '-')} has no effect on it; leave it out")
+    if "measure" in given and (process.place().size > 1 or (given.get("cuda") or 0) > 1):
+        raise UserError("--measure measures one process on one GPU or the CPU; use --cuda 1 or 0, and no torchrun")
     if "repeat" in given and "trial" in given:
         raise UserError("--repeat is not for a tuner's trials: each is one run; let the search space choose seeds")
     if given.get("seed", flags.DEFAULT_SEED) + given.get("repeat", 1) > 2**63:

@@ -9,6 +9,7 @@ Much of a small network's step is not in its convolutions; docs/performance.md h
 
 import contextlib
 import ctypes
+import sys
 
 import torch
 from torch import nn
@@ -69,9 +70,10 @@ def pack(network: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _fuse(network: nn.Module) -> None:
+    ours = sys.modules.get("model_factory")  # a user's file may have classes, and a module, of the same names
     for module in network.modules():
         own = type(module)
-        if own.__module__ == "model_factory" and own.__name__ in FUSED:
+        if own.__name__ in FUSED and getattr(ours, own.__name__, None) is own:
             module.__class__ = type(own.__name__, (FUSED[own.__name__], own), {})
 
 

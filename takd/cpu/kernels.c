@@ -1,16 +1,14 @@
 /* On the CPU: batch norm in training with what follows it (residual, ReLU, 2x2 max-pool), forward and backward.
  *
- * Tensors are channels last: rows of C channels, C a multiple of 16, a row a pixel. Values are bf16 (-DBF16) or float; arithmetic is
- * float, sums over many rows double, added in an order that depends on nothing but the number of threads.
+ * Tensors are channels last: rows of C channels, C a multiple of 16, a row a pixel. Values are bf16 (-DBF16) or float;
+ * arithmetic is float, sums over many rows double, added in an order that depends on nothing but the number of threads.
  * Compiled by kernels.py, called by fused.py. Vectors are GCC's and Clang's own (16 lanes).
- *
- * Few channels would leave most of a loop's work in its edges, so several pixels are treated as one "wide" row of 64 values or more,
- * with the per-channel constants repeated along it.
+ * Few channels would leave most of a loop's work in its edges, so several pixels are treated as one "wide" row of 64
+ * values or more, with the per-channel constants repeated along it.
  */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
-
 #if defined BF16 && defined __AVX512F__
 #include <immintrin.h>
 #endif
@@ -54,24 +52,22 @@ static float get1(const value *p) { return *p; }
 static inline vector at(const float *p) { return *(const vector *)p; }
 static inline vector keep(mask which, vector v) { return (vector)((mask)v & which); }
 static inline mask above0(vector v) { return ~(v <= 0); } /* and NaN, which a ReLU must not hide */
-static inline vector choose(mask which, vector yes, vector no) { return (vector)(((mask)yes & which) | ((mask)no & ~which)); }
+static inline vector choose(mask m, vector yes, vector no) { return (vector)(((mask)yes & m) | ((mask)no & ~m)); }
 
 static int wide(int channels) {
     int length = channels;
     while (length % GROUP) length += channels;
     return length;
 }
-
 static void repeat(float *to, const float *from, int channels, int length) {
     for (int j = 0; j < length; j++) to[j] = from[j % channels];
 }
-
 /* The first value of thread `t`'s part of `rows` rows. */
 static long edge(long rows, int channels, int t, int threads) { return rows * t / threads * channels; }
 
-/* The gradient behind the ReLU: y tells where it let through, or without a residual (y NULL) x does, which is read anyway. */
-static inline vector behind(vector x, const value *y, const value *dy, mask all, vector scale, vector offset) {
-    return keep(above0(y ? get(y) : x * scale + offset) | all, get(dy));
+/* The gradient before the ReLU at `i`: passed where y, or without a residual (y NULL) x's batch norm, is above 0. */
+static inline vector behind(vector x, const value *y, const value *dy, long i, mask all, vector scale, vector offset) {
+    return keep(above0(y ? get(y + i) : x * scale + offset) | all, get(dy + i));
 }
 
 static inline void flush(double *sums, int column, int channels, vector v) {
@@ -80,14 +76,13 @@ static inline void flush(double *sums, int column, int channels, vector v) {
 }
 
 #define INLINE static inline __attribute__((always_inline)) /* so that `vectors` and NULL are constants in the loops */
-
-/* What follows runs over values [begin, end), whole pixels of a wide row of `length`, `vectors` side by side down each block of rows:
- * constants and sums stay in registers, and one vector's sum does not wait for its last. A last row that is not whole runs with 1. */
-#define WHOLE_THEN_REST(function, begin, end, ...)                        \
-    do {                                                                  \
-        long whole = (end) - ((end) - (begin)) % length;                  \
-        function(VECTORS, begin, whole, length, __VA_ARGS__);             \
-        function(1, whole, end, length, __VA_ARGS__);                     \
+/* What follows runs over values [begin, end), wide rows of `length`, `vectors` side by side down each block of rows:
+ * constants and sums stay in registers, and no sum waits for the one before it. A last, shorter row runs with 1. */
+#define WHOLE_THEN_REST(function, begin, end, ...) \
+    do { \
+        long whole = (end) - ((end) - (begin)) % length; \
+        function(VECTORS, begin, whole, length, __VA_ARGS__); \
+        function(1, whole, end, length, __VA_ARGS__); \
     } while (0)
 #define BLOCKS(begin, end)                                                                                   \
     for (long start = begin, stop; start < end; start = stop)                                                \
@@ -97,8 +92,8 @@ static inline void flush(double *sums, int column, int channels, vector v) {
 #define EACH for (int u = 0; u < vectors; u++)
 
 /* Sums of x - shift and of its square. */
-INLINE void forward_sums(int vectors, long begin, long end, int length, const value *x, int channels, const float *shift, double *first,
-                         double *second) {
+INLINE void forward_sums(int vectors, long begin, long end, int length, const value *x, int channels,
+                         const float *shift, double *first, double *second) {
     BLOCKS(begin, end) {
         vector k[VECTORS], a[VECTORS] = {0}, b[VECTORS] = {0};
         EACH k[u] = at(shift + j + u * LANES);
@@ -112,9 +107,9 @@ INLINE void forward_sums(int vectors, long begin, long end, int length, const va
     }
 }
 
-/* y = [relu](scale * x + offset [+ residual]); `all` lets everything through where there is no ReLU. NaN goes through it. */
-INLINE void normalise(int vectors, long begin, long end, int length, const value *x, const value *residual, value *y, const float *scale,
-                      const float *offset, mask all) {
+/* y = [relu](scale * x + offset [+ residual]); `all` passes everything where there is no ReLU. NaN passes it too. */
+INLINE void normalise(int vectors, long begin, long end, int length, const value *x, const value *residual, value *y,
+                      const float *scale, const float *offset, mask all) {
     BLOCKS(begin, end) {
         vector k[VECTORS], o[VECTORS];
         EACH k[u] = at(scale + j + u * LANES), o[u] = at(offset + j + u * LANES);
@@ -127,13 +122,14 @@ INLINE void normalise(int vectors, long begin, long end, int length, const value
 }
 
 /* Sums of the gradient behind the ReLU and of its product with x - mean. */
-INLINE void backward_sums(int vectors, long begin, long end, int length, const value *x, const value *y, const value *dy, int channels,
-                          const float *mean, const float *scale, const float *offset, mask all, double *first, double *second) {
+INLINE void backward_sums(int vectors, long begin, long end, int length, const value *x, const value *y,
+                          const value *dy, int channels, const float *mean, const float *scale, const float *offset,
+                          mask all, double *first, double *second) {
     BLOCKS(begin, end) {
         vector m[VECTORS], k[VECTORS], o[VECTORS], a[VECTORS] = {0}, b[VECTORS] = {0};
         EACH m[u] = at(mean + j + u * LANES), k[u] = at(scale + j + u * LANES), o[u] = at(offset + j + u * LANES);
         ROWS EACH {
-            vector v = get(x + i + u * LANES), g = behind(v, y ? y + i + u * LANES : NULL, dy + i + u * LANES, all, k[u], o[u]);
+            vector v = get(x + i + u * LANES), g = behind(v, y, dy, i + u * LANES, all, k[u], o[u]);
             a[u] += g;
             b[u] += g * (v - m[u]);
         }
@@ -143,14 +139,15 @@ INLINE void backward_sums(int vectors, long begin, long end, int length, const v
 }
 
 /* dx = scale g + slope x + base, g the gradient behind the ReLU, which is the residual's gradient. */
-INLINE void gradients(int vectors, long begin, long end, int length, const value *x, const value *y, const value *dy, value *dx,
-                      value *dresidual, const float *scale, const float *offset, const float *slope, const float *base, mask all) {
+INLINE void gradients(int vectors, long begin, long end, int length, const value *x, const value *y, const value *dy,
+                      value *dx, value *dresidual, const float *scale, const float *offset, const float *slope,
+                      const float *base, mask all) {
     BLOCKS(begin, end) {
         vector k[VECTORS], o[VECTORS], s[VECTORS], c[VECTORS];
         EACH k[u] = at(scale + j + u * LANES), o[u] = at(offset + j + u * LANES);
         EACH s[u] = at(slope + j + u * LANES), c[u] = at(base + j + u * LANES);
         ROWS EACH {
-            vector v = get(x + i + u * LANES), g = behind(v, y ? y + i + u * LANES : NULL, dy + i + u * LANES, all, k[u], o[u]);
+            vector v = get(x + i + u * LANES), g = behind(v, y, dy, i + u * LANES, all, k[u], o[u]);
             put(dx + i + u * LANES, g * k[u] + (v * s[u] + c[u]));
             if (dresidual) put(dresidual + i + u * LANES, g);
         }
@@ -165,9 +162,10 @@ static void total(const double *sums, int channels, int threads, int c, double *
     }
 }
 
-/* Mean and 1/sqrt(var + eps) per channel; updates the running statistics; y = scale * x + offset is then the batch norm. */
-static void measure(const value *x, long rows, int channels, int threads, const float *gamma, const float *beta, float *running_mean,
-                    float *running_var, float momentum, float eps, float *mean, float *invstd, float *scale, float *offset) {
+/* Mean and 1/sqrt(var + eps) per channel; updates the running statistics; then the batch norm is scale * x + offset. */
+static void measure(const value *x, long rows, int channels, int threads, const float *gamma, const float *beta,
+                    float *running_mean, float *running_var, float momentum, float eps, float *mean, float *invstd,
+                    float *scale, float *offset) {
     int length = wide(channels);
     double *sums = calloc((size_t)2 * threads * channels, sizeof *sums);
     float shift0[channels], shift[length];
@@ -175,8 +173,8 @@ static void measure(const value *x, long rows, int channels, int threads, const 
     repeat(shift, shift0, channels, length);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int t = 0; t < threads; t++)
-        WHOLE_THEN_REST(forward_sums, edge(rows, channels, t, threads), edge(rows, channels, t + 1, threads), x, channels, shift,
-                        sums + (size_t)2 * t * channels, sums + (size_t)(2 * t + 1) * channels);
+        WHOLE_THEN_REST(forward_sums, edge(rows, channels, t, threads), edge(rows, channels, t + 1, threads), x,
+                        channels, shift, sums + (size_t)2 * t * channels, sums + (size_t)(2 * t + 1) * channels);
     for (int c = 0; c < channels; c++) {
         double first, second;
         total(sums, channels, threads, c, &first, &second);
@@ -193,12 +191,14 @@ static void measure(const value *x, long rows, int channels, int threads, const 
 }
 
 /* y = [relu](batch_norm(x) [+ residual]) */
-void forward(const value *x, const value *residual, value *y, long rows, int channels, const float *gamma, const float *beta,
-             float *running_mean, float *running_var, float momentum, float eps, float *mean, float *invstd, int relu, int threads) {
+void forward(const value *x, const value *residual, value *y, long rows, int channels, const float *gamma,
+             const float *beta, float *running_mean, float *running_var, float momentum, float eps, float *mean,
+             float *invstd, int relu, int threads) {
     int length = wide(channels);
     float scale0[channels], offset0[channels], scale[length], offset[length];
     mask all = relu ? (mask){0} : ~(mask){0};
-    measure(x, rows, channels, threads, gamma, beta, running_mean, running_var, momentum, eps, mean, invstd, scale0, offset0);
+    measure(x, rows, channels, threads, gamma, beta, running_mean, running_var, momentum, eps, mean, invstd, scale0,
+            offset0);
     repeat(scale, scale0, channels, length);
     repeat(offset, offset0, channels, length);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -212,8 +212,9 @@ void forward(const value *x, const value *residual, value *y, long rows, int cha
 }
 
 /* dx = scale g + slope x + base, from the sums of g and of g (x - mean); also dgamma and dbeta. */
-static void coefficients(const double *sums, long rows, int channels, int threads, const float *gamma, const float *mean,
-                         const float *invstd, float *dgamma, float *dbeta, float *slope, float *base) {
+static void coefficients(const double *sums, long rows, int channels, int threads, const float *gamma,
+                         const float *mean, const float *invstd, float *dgamma, float *dbeta, float *slope,
+                         float *base) {
     for (int c = 0; c < channels; c++) {
         double first, second;
         total(sums, channels, threads, c, &first, &second);
@@ -226,8 +227,9 @@ static void coefficients(const double *sums, long rows, int channels, int thread
 }
 
 /* Gradients of `forward`; y is NULL without a residual, dresidual where it is not needed. */
-void backward(const value *x, const value *y, const value *dy, value *dx, value *dresidual, long rows, int channels, const float *gamma,
-              const float *beta, const float *mean, const float *invstd, float *dgamma, float *dbeta, int relu, int threads) {
+void backward(const value *x, const value *y, const value *dy, value *dx, value *dresidual, long rows, int channels,
+              const float *gamma, const float *beta, const float *mean, const float *invstd, float *dgamma,
+              float *dbeta, int relu, int threads) {
     int length = wide(channels);
     float scale[length], offset[length], m[length];
     mask all = relu ? (mask){0} : ~(mask){0};
@@ -264,14 +266,14 @@ void backward(const value *x, const value *y, const value *dy, value *dx, value 
     }
 }
 
-/* y = max_pool_2x2(relu(batch_norm(x))), x of `images` x height x width pixels, both even. `place` is which of a pixel's four was
- * the largest, the first of equals as in PyTorch, and 4 where the ReLU let none through. */
-void forward_pool(const value *x, value *y, uint8_t *place, long images, int height, int width, int channels, const float *gamma,
-                  const float *beta, float *running_mean, float *running_var, float momentum, float eps, float *mean, float *invstd,
-                  int threads) {
+/* y = max_pool_2x2(relu(batch_norm(x))), x of `images` x height x width pixels, both even. `place` is which of a
+ * pixel's four was the largest, the first of equals as in PyTorch, and 4 where the ReLU let none through. */
+void forward_pool(const value *x, value *y, uint8_t *place, long images, int height, int width, int channels,
+                  const float *gamma, const float *beta, float *running_mean, float *running_var, float momentum,
+                  float eps, float *mean, float *invstd, int threads) {
     float scale[channels], offset[channels];
-    measure(x, images * height * width, channels, threads, gamma, beta, running_mean, running_var, momentum, eps, mean, invstd, scale,
-            offset);
+    measure(x, images * height * width, channels, threads, gamma, beta, running_mean, running_var, momentum, eps, mean,
+            invstd, scale, offset);
     long lines = images * (height / 2), row = (long)width * channels;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long line = 0; line < lines; line++)
@@ -295,8 +297,9 @@ void forward_pool(const value *x, value *y, uint8_t *place, long images, int hei
 }
 
 /* Gradients of `forward_pool`. */
-void backward_pool(const value *x, const uint8_t *place, const value *dy, value *dx, long images, int height, int width, int channels,
-                   const float *gamma, const float *mean, const float *invstd, float *dgamma, float *dbeta, int threads) {
+void backward_pool(const value *x, const uint8_t *place, const value *dy, value *dx, long images, int height, int width,
+                   int channels, const float *gamma, const float *mean, const float *invstd, float *dgamma,
+                   float *dbeta, int threads) {
     double *sums = calloc((size_t)2 * threads * channels, sizeof *sums);
     long lines = images * (height / 2), row = (long)width * channels;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -329,7 +332,7 @@ void backward_pool(const value *x, const uint8_t *place, const value *dy, value 
                 mask where = __builtin_convertvector(*(const bytes *)(place + from + c), mask);
                 vector g = get(dy + from + c), k = at(scale + c), s = at(slope + c), b = at(base + c);
                 for (int part = 0; part < 4; part++) {
-                    long to = 2 * line * row + 2 * (long)column * channels + (part / 2) * row + (part % 2) * channels + c;
+                    long to = 2 * (line * row + (long)column * channels) + part / 2 * row + part % 2 * channels + c;
                     put(dx + to, keep(where == part, g) * k + (get(x + to) * s + b));
                 }
             }

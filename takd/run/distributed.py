@@ -195,7 +195,7 @@ class SyncBatchNorm2d(nn.SyncBatchNorm):
     world: World
 
     def forward(self, x):
-        return nn.BatchNorm2d.forward(self, x) if self.world.replicated else super().forward(x)  # type: ignore[arg-type]
+        return nn.BatchNorm2d.forward(self, x) if self.world.replicated else super().forward(x)
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):

@@ -25,16 +25,8 @@ FAMILIES = {
     "plane": ("plane10", "plane8", "plane6", "plane4", "plane2"),
     "resnet": ("resnet110", "resnet56", "resnet32", "resnet20", "resnet8"),
 }
-OWNED = (
-    "student",
-    "teacher",
-    "teacher_checkpoint",
-    "seed",
-    "repeat",
-    "run_dir",
-    "json",
-    "measure",
-)  # what the plan sets
+# What the plan sets.
+OWNED = ("student", "teacher", "teacher_checkpoint", "seed", "repeat", "run_dir", "json", "measure")
 STUDY_FILE = "study.json"  # what was planned in a folder, so that a report knows what is still to come
 
 

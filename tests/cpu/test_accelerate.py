@@ -121,11 +121,14 @@ class Wider(model_factory.PlaneCNN):
 """
 
 
-@pytest.mark.parametrize("name", ["torchvision:resnet18", "own.py:ResNet", "own.py:Wider"])
+@pytest.mark.parametrize("name", ["torchvision:resnet18", "own.py:ResNet", "own.py:Wider", "beside/own.py:ResNet"])
 def test_other_networks_stay_as_they_are(name, tmp_path):
-    """Torchvision's and the user's, also where their classes are called or derived like ours."""
+    """Torchvision's and the user's, also where their classes, and their module, are called or derived like ours."""
     (tmp_path / "own.py").write_text(OWN)
-    name = name.replace("own.py", str(tmp_path / "own.py"))
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside/model_factory.py").write_text(OWN.partition("class W")[0].replace("import model_factory", ""))
+    (tmp_path / "beside/own.py").write_text("from model_factory import ResNet")
+    name = str(tmp_path / name) if ".py" in name else name
     torch.manual_seed(0)
     plain = model_factory.create(name, 10)
     fast, x = copy.deepcopy(plain), torch.randn(4, 3, 32, 32).contiguous(memory_format=torch.channels_last)
