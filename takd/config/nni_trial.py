@@ -1,15 +1,20 @@
 """Inside an NNI trial: the tuner's proposal, and the results reported to it. nni is imported only here, and only in a
 trial."""
 
+import contextlib
+import json
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
+from takd.config import names
 from takd.errors import UserError
 
 # The released code's search-space keys, and shorter ones, with our settings' names.
 OLD_KEYS = {"T_student": "temperature", "lambda_student": "lambda"}
 PARAMETERS = OLD_KEYS | {"T": "temperature", "lambda": "lambda", "seed": "seed"}
+TYPES = "choice randint uniform quniform loguniform qloguniform normal qnormal lognormal qlognormal".split()  # NNI's
 
 
 def trial() -> str | None:
@@ -22,8 +27,30 @@ def experiment() -> str:
     return os.environ.get("NNI_EXP_ID", "unknown")
 
 
+def check_types() -> None:
+    """Refuse a misspelt `_type` in the search space, which NNI takes for a uniform range from the first value on.
+
+    The space is read from NNI's own database, where the trial is on the machine that has it.
+    """
+    import sqlite3
+
+    database = Path(os.environ["NNI_SYS_DIR"]).resolve().parents[1] / "db" / "nni.sqlite"
+    space: dict[str, Any] = {}
+    with (
+        contextlib.suppress(sqlite3.Error),
+        contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as connection,
+    ):
+        for (profile,) in connection.execute("select params from ExperimentProfile order by revision"):
+            space = json.loads(profile)["searchSpace"]
+    for key, spec in space.items():
+        if (kind := spec["_type"]) not in TYPES:
+            hint = names.nearest(kind, TYPES)
+            raise UserError(f"the search space has {key} of _type '{kind}'{hint}; types: {' '.join(TYPES)}")
+
+
 def proposal() -> dict[str, Any]:
     """{setting: value} from the tuner. Unknown keys, and two for one setting, are UserErrors."""
+    check_types()
     try:
         import nni
     except ImportError as error:
@@ -44,9 +71,11 @@ def proposal() -> dict[str, Any]:
     return settings
 
 
-def report_epoch(accuracy_percent: float) -> None:
-    import nni
+def report_epoch(epoch: int, accuracy_percent: float) -> None:
+    """Epochs are counted from 0, also by a trial that NNI resumed: NNI itself would count from 0 again."""
+    import nni.trial
 
+    nni.trial.overwrite_intermediate_seq(epoch)
     nni.report_intermediate_result(accuracy_percent)
 
 

@@ -158,7 +158,7 @@ class Trainer:
             if self.world.is_rank_zero:
                 self.directory.log(record)
                 if self.config.trial:  # not for the teacher that a trial trains first: the tuner would score that
-                    nni_trial.report_epoch(record[key])
+                    nni_trial.report_epoch(self.epoch, record[key])
                 if best:
                     checkpoint.save(self._network_contents(record), self.config.best_file)
                 done = self.directory.records()
