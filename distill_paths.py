@@ -64,9 +64,10 @@ def build_parser() -> flags.Parser:
     flag("--memory", "--mem", metavar="SIZE", help="memory of a job, such as 8G")
     flag("--cpus", type=number(int, minimum=1), metavar="N", help="cores of a job")
     flag("--modules", metavar="NAMES", help='modules to load in a job, such as "python/3.11" (or $TAKD_MODULES)')
-    flag("--venv", metavar="DIR", help="environment to activate in a job (or $TAKD_VENV; default: this Python)")
+    flag("--venv", metavar="DIR|FILE", help="environment to activate in a job, or a requirements file to make one from "
+         "there (or $TAKD_VENV; default: this Python)")
     flag("--stage", nargs="+", metavar="FILE", help="archives or folders to put in $SLURM_TMPDIR/data (or $TAKD_STAGE)")
-    flag("--sbatch", action="append", metavar="OPTION", help="any further option, such as --sbatch=--partition=gpu")
+    flag("--sbatch", action="append", metavar="OPTION", help="any further option, such as --sbatch=--mail-type=END")
     return parser
 # fmt: on
 
@@ -125,6 +126,7 @@ def check_places(args: argparse.Namespace, common: Mapping[str, Any]) -> None:
     if args.slurm:
         if args.gpus:
             raise UserError("--gpus is for trainings here; on SLURM name the GPU of a job with --gpu-type")
+        slurm.check_time(args.time, args.sbatch)
         if not args.dry_run:
             slurm.check_present()
         return

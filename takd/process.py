@@ -35,14 +35,34 @@ def place() -> Place:
     return Place(rank, size, local_rank, local_size)
 
 
+def srun_tasks() -> int:
+    """Tasks that srun started of this command without a launcher, each of them a whole run; 1 where there is none."""
+    return 1 if "RANK" in os.environ else int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+
+
 @contextlib.contextmanager
 def rank_zero_output():
     """Discard what all but a machine's first process print, such as a usage error that occurs in all of them."""
     with contextlib.ExitStack() as stack:
-        if place().local_rank:
+        if place().local_rank or (srun_tasks() > 1 and os.environ.get("SLURM_PROCID") != "0"):
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         yield
+
+
+def cores() -> int:
+    """Cores that this process may use: its affinity's, and under SLURM no more than its task was granted."""
+    allowed = len(os.sched_getaffinity(0))
+    return min(allowed, int(os.environ.get("SLURM_CPUS_PER_TASK", allowed)))
+
+
+def threads_each(processes: int) -> str:
+    """OMP_NUM_THREADS for each of several processes here: its share of the cores, or fewer where that is set lower.
+
+    A SLURM job sets it for one process, to all of the job's cores.
+    """
+    share, given = max(1, cores() // processes), os.environ.get("OMP_NUM_THREADS", "")
+    return str(min(share, int(given)) if given.isdigit() else share)
 
 
 class Stopped(SystemExit):

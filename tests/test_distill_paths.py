@@ -112,6 +112,8 @@ def test_flags_of_train_reach_every_training(call):
         ("--family plane --jobs 0", "at least 1"),
         ("--family plane --pack 2", "--pack needs --slurm"),
         ("--family plane --account me", "--account needs --slurm"),
+        ("--family plane --slurm --time 3:00", "a job is warned 180 s before its limit"),
+        ("--family plane --slurm --time 0-0:03", "--time 0-0:03: a job is warned"),
         ("--family plane --gpus 0 --cuda 0", "contradict"),
         ("--family plane --gpus 99", "this machine has"),
         ("--family plane --only plane9-seed1", "not a training of this plan"),
@@ -121,6 +123,12 @@ def test_usage_errors_of_a_study_are_one_line(call, tmp_path, argv, message):
     outcome = call(distill_paths, *argv.split(), "--runs", tmp_path / "runs", "--dataset", "digits")
     assert outcome.status == 2 and message in outcome.err and outcome.err.count("\n") == 1, outcome
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("limit", ["4", "3:01", "1:00:00", "0-1", "1-0:00", "UNLIMITED", "1 --sbatch=--signal=USR1@30"])
+def test_a_time_limit_beyond_the_warning_is_allowed(call, limit):
+    outcome = call(distill_paths, *"--family plane --dataset digits --slurm --dry-run --time".split(), *limit.split())
+    assert outcome.status == 0 and f"--time={limit.split()[0]}" in outcome.out, outcome.err
 
 
 def test_two_families_are_allowed_with_a_note(call):

@@ -1,10 +1,13 @@
-"""A study on a real SLURM of one node (slurm_cluster.sh): whole, failed parent, cancelled, over its time limit."""
+"""Jobs on a real SLURM of one node (slurm_cluster.sh): studies and arrays, cancelled, warned, requeued, refused."""
 
 import os
+import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -66,6 +69,35 @@ def study(cluster, run_command, tmp_path):
     return submit
 
 
+@pytest.fixture
+def sbatch(cluster, tmp_path):
+    """sbatch(options, command, ...) submits slurm/train.sbatch in the test's folder, with its output in `log`; returns
+    the job's id. The environment is a job's own, without the tests' OMP_NUM_THREADS; more of it by keyword."""
+
+    def submit(options, command, **environment):
+        own = {"TAKD_HOME": str(ROOT), "TAKD_PYTHON": sys.executable} | environment
+        own |= {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+        words = ["sbatch", "--parsable", "--mem=2G", "--output=log", *options.split(), ROOT / "slurm/train.sbatch"]
+        words += [*command.split(), *(DIGITS if "--dataset" not in command else ())]
+        done = subprocess.run(words, cwd=tmp_path, env=own, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    return submit
+
+
+def warn(job_id):
+    """Send a job what SLURM sends before a time limit, and wait until it is back in the queue or has ended."""
+    slurm("scancel", "--signal=USR1", job_id)
+    until(lambda: job_state(job_id) in ("PENDING", "FAILED"))
+
+
+def begin_again(job_id):
+    """Start a requeued job, for which SLURM would wait two minutes."""
+    until(lambda: "BeginTime" in slurm("squeue", "--noheader", "--format=%r", "--jobs", job_id))
+    time.sleep(10)  # it needs a few seconds
+    slurm("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+
+
 def finished(folder):
     return sorted(file.parent.name for file in folder.glob("runs/*/summary.json"))
 
@@ -101,17 +133,120 @@ def test_packed_students_share_a_job(cluster, run_command, tmp_path):
     assert jobs["plane6-plane4-seed1"] == jobs["plane6-plane2-seed1"] != jobs["plane6-seed1"]
 
 
-def test_data_is_staged_to_the_node(cluster, class_folders, tmp_path):
+def test_data_is_staged_to_the_node(sbatch, class_folders, tmp_path):
     class_folders(tmp_path / "data")
-    (tmp_path / "node").mkdir()
-    run = "train.py --student plane2 --dataset cifar10 --epochs 1 --cuda 0 --run-dir run".split()
-    environment = {"TAKD_HOME": str(ROOT), "TAKD_PYTHON": sys.executable, "TAKD_STAGE": "data/cifar10"}
-    environment = os.environ | environment | {"SLURM_TMPDIR": str(tmp_path / "node")}
-    command = ["sbatch", "--wait", "--mem=2G", "--output=log", ROOT / "slurm/train.sbatch", *run]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
-    assert done.returncode == 0, (tmp_path / "log").read_text()
+    node = tmp_path / "node"
+    run = "train.py --student plane2 --dataset cifar10 --epochs 1 --cuda 0 --run-dir run"
+    sbatch("--wait", run, TAKD_STAGE="data/cifar10", SLURM_TMPDIR=str(node))
     config = read_json(tmp_path / "run/config.json")
-    assert config["dataset_dir"] == str(tmp_path / "node" / "data") and config["download"] is False
+    assert config["dataset_dir"] == str(node / "data") and config["download"] is False
+
+
+def test_an_environment_is_made_on_the_node_after_a_purge_of_modules(sbatch, tmp_path):
+    """Of no packages: train.py names the Python that lacks them. Environment Modules, too, exports a function."""
+    (tmp_path / "requirements.txt").touch()
+    environment = {"TAKD_VENV": "requirements.txt", "TAKD_PYTHON": "", "SLURM_TMPDIR": str(tmp_path)}
+    environment |= {"TAKD_MODULES": "python/3.11 cuda", "BASH_FUNC_module%%": "() { echo module $*; }"}
+    job_id = sbatch("", "train.py", **environment)
+    until(lambda: job_state(job_id) == "FAILED")
+    log = (tmp_path / "log").read_text()
+    assert log.startswith("module purge\nmodule load python/3.11 cuda\n")
+    assert f"No module named 'torch'; install what the suite needs with: {tmp_path}/env/bin/python3 -m" in log
+
+
+def test_a_study_in_one_job_is_warned_requeued_and_finished(sbatch, tmp_path):
+    study = "distill_paths.py --sizes plane4 plane2 --set 4:epochs=20 2:epochs=20 --jobs 2 --runs runs"
+    job_id = sbatch("--cpus-per-task=2", study)
+    until((tmp_path / "runs/plane4-seed1/last.pth.tar").exists)
+    warn(job_id)
+    assert len(finished(tmp_path)) < 3
+    begin_again(job_id)
+    until(lambda: job_state(job_id) == "COMPLETED")
+    assert finished(tmp_path) == ["plane2-seed1", "plane4-plane2-seed1", "plane4-seed1"]
+    assert "Left out" not in (tmp_path / "runs" / "report.md").read_text()
+    for run in finished(tmp_path):
+        assert read_json(tmp_path / "runs" / run / "config.json")["environment"]["threads"] == 1, "half of the job's"
+
+
+def test_of_an_array_of_seeds_only_the_warned_task_is_requeued(sbatch, tmp_path):
+    """The task whose job has the array's own ID, by which all would be. The last task's report has all seeds."""
+    study = "distill_paths.py --sizes plane4 plane2 --paths 4,2 --set 4:epochs=20 --seeds %a --runs runs"
+    job_id = sbatch("--array=1-2 --output=log%a", study)
+    until(lambda: all((tmp_path / f"runs/plane4-seed{seed}/last.pth.tar").exists() for seed in (1, 2)))
+    assert read_json(tmp_path / "runs/plane4-seed2/config.json")["environment"]["slurm_job"] == job_id
+    warn(f"{job_id}_2")
+    begin_again(f"{job_id}_2")
+    until(lambda: not queue())
+    logs = [(tmp_path / f"log{task}").read_text() for task in (1, 2)]
+    assert [re.findall(r"job (\S+), start (\d)", log) for log in logs] == [
+        [(f"{job_id}_1", "0")],
+        [(f"{job_id}_2", "0"), (f"{job_id}_2", "1")],
+    ]
+    assert len(finished(tmp_path)) == len(read_json(tmp_path / "runs/study.json")["trainings"]) == 6
+    assert "not begun" not in (tmp_path / "runs" / "report.md").read_text()
+
+
+def test_a_job_that_is_warned_while_it_stages_ends_at_its_second_start(sbatch, tmp_path):
+    os.mkfifo(tmp_path / "endless.tar")
+    log, job_id = tmp_path / "log", sbatch("", "train.py", TAKD_STAGE="endless.tar", SLURM_TMPDIR=str(tmp_path))
+    for start in (0, 1):
+        until(lambda start=start: log.exists() and f"start {start}," in log.read_text())
+        until(lambda: f"{job_id}.0" in slurm("squeue", "--steps", "--noheader", "--format=%i"))
+        warn(job_id)
+        if not start:
+            begin_again(job_id)
+    assert job_state(job_id) == "FAILED"
+    assert log.read_text().splitlines()[-1].startswith(f"job {job_id} ends: the warning before its time limit")
+
+
+def test_tasks_of_srun_are_refused_without_torchrun_and_train_together_with_it(cluster, tiny, tmp_path):
+    run = tmp_path / "run"
+    train_py = [ROOT / "train.py", *tiny, "--epochs", "9", "--run-dir", run]
+
+    def start(*launcher):
+        command = ["srun", "--ntasks=2", "--mem=4G", "--job-name=group", sys.executable, *launcher, *train_py]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def start_torchrun():
+        with closing(socket.socket()) as free:
+            free.bind(("127.0.0.1", 0))
+            where = f"{socket.gethostname()}:{free.getsockname()[1]}"
+        rendezvous = ("--rdzv-backend=c10d", "--rdzv-id=1", f"--rdzv-endpoint={where}")
+        return start("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *rendezvous)
+
+    refused = start()
+    lines = [line for line in refused.communicate()[1].splitlines() if not line.startswith("srun: ")]
+    assert refused.returncode == 2 and len(lines) == 1 and "torchrun" in lines[0] and "--cuda 2" in lines[0], lines
+    assert not run.exists()
+    stopped = start_torchrun()
+    wait_until((run / "last.pth.tar").exists, stopped)
+    slurm("scancel", "--signal=TERM", queue()["group"][0])
+    out, _ = stopped.communicate()
+    assert stopped.returncode and "the same command continues" in out and not (run / "summary.json").exists()
+    continued = start_torchrun()
+    out, err = continued.communicate()
+    assert continued.returncode == 0 and "continuing at epoch" in out, err
+    assert read_json(run / "config.json")["environment"]["processes"] == 2
+
+
+def test_a_study_submitted_again_has_one_report_job_which_asks_for_little(study):
+    def reports():
+        lines = slurm("squeue", "--me", "--noheader", "--format=%j %i %l %m").splitlines()
+        return [line.split()[1:] for line in lines if line.startswith("report ")]
+
+    study("--sbatch=--hold")
+    [(first, limit, memory)] = reports()
+    assert (limit, memory) == ("10:00", "2G")
+    slurm("scancel", queue()["plane2-seed1"][0])
+    until(lambda: "plane2-seed1" not in queue())
+    assert study("--sbatch=--hold").out.count("submitted") == 2
+    [(second, *_)] = reports()
+    assert second != first
+    slurm("scancel", second)
+    until(lambda: not reports())
+    assert "submitted report" in study("--sbatch=--hold").out, "a report that was cancelled is submitted again"
+    slurm("scancel", "--me")
+    until(lambda: not queue())
 
 
 def test_a_failed_parent_stops_its_students_and_nothing_else(study, tmp_path):

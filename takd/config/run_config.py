@@ -215,6 +215,9 @@ def _check_combinations(given: Mapping[str, Any], origins: Mapping[str, str]) ->
 
 def _training_device(config: RunConfig) -> str:
     """'cuda' or 'cpu'. A UserError unless every process here (torchrun's or --cuda's) has a GPU and part of a batch."""
+    if (tasks := process.srun_tasks()) > 1:
+        fix = f"have srun start torchrun (docs/slurm.md), or one task with --cuda {tasks}"
+        raise UserError(f"srun started this command {tasks} times, and each would be a run of its own: {fix}")
     place, cuda = process.place(), config.cuda
     if place.size > 1 and cuda not in (None, 0, 1, place.local_size):
         raise UserError(f"--cuda {cuda}: torchrun started {place.local_size} processes here, and each takes one GPU")

@@ -1,6 +1,5 @@
 """The batches of an epoch; those of random augmentation are made by worker processes."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from takd.images import augmentation
 from takd.images.folder import upright_rgb
 from takd.images.split import Batch, EpochPlan, Split
-from takd.process import ignore_stop_signals
+from takd.process import cores, ignore_stop_signals
 
 
 def batches(split: Split, augment: str, plan: EpochPlan, steps: Sequence[slice], workers: int = 0) -> Iterator[Batch]:
@@ -48,7 +47,7 @@ def _copied(pixels: Iterable[torch.Tensor], device: torch.device) -> Iterator[to
 
 def usual_workers() -> int:
     """Worker processes for random augmentation where the user gives no number."""
-    return min(8, len(os.sched_getaffinity(0)))
+    return min(8, cores())
 
 
 class _RandomViews(torch.utils.data.Dataset):

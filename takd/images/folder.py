@@ -15,6 +15,7 @@ import numpy as np
 from takd.config.names import DATASETS
 from takd.errors import UserError
 from takd.files import Say, replacing
+from takd.process import cores
 
 CACHE_NAME = "takd-decoded"
 
@@ -148,7 +149,7 @@ def _decode(paths, target, resize, say):
     Conversions are counted and reported. Files that cannot be used are one UserError, which names them.
     """
     faults, converted, reported = [], collections.defaultdict(list), time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(cores()) as pool:
         for done, (fault, conversions) in enumerate(pool.map(_decode_one, paths, target, [resize] * len(paths))):
             faults += [fault] if fault else []
             for conversion in conversions:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from takd.process import STOP_SIGNALS
+from takd.process import STOP_SIGNALS, threads_each
 
 PEER_FAILED = 76  # exit status of a process that ended only because another one did (EX_PROTOCOL of sysexits.h)
 NOTICE_SECONDS, KILL_SECONDS = 3, 15  # after a failure: until the others get SIGTERM, and until they are killed
@@ -36,10 +36,10 @@ def launch(count: int, command: list[str], say: Callable[[str], object]) -> int:
 
     before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     try:
-        port, threads = _free_port(), str(max(1, (os.cpu_count() or 1) // count))
+        port, threads = _free_port(), threads_each(count)
         for rank in range(count):
-            environment = {"OMP_NUM_THREADS": threads} | os.environ
-            environment |= {
+            environment = os.environ | {
+                "OMP_NUM_THREADS": threads,
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "RANK": str(rank),

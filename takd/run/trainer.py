@@ -5,9 +5,11 @@ generators. Order and views are functions of (seed, epoch), so they need no savi
 threads and processes a continued run ends with the same bits as an uninterrupted one.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -203,6 +205,8 @@ class Trainer:
             if self.step.split.device.type == "cuda":
                 contents["cuda_random_state"] = torch.cuda.get_rng_state()
             checkpoint.save(contents, self.directory.last_file)
+            if marker := os.environ.get("TAKD_PROGRESS"):  # for slurm/train.sbatch
+                Path(marker).touch()
         self.world.barrier()
 
     def _restore(self) -> None:

@@ -236,9 +236,10 @@ def plan(
 
 def record(folder: Path, trainings: Iterable[Training]) -> None:
     """Record in the study's folder what is planned there, in addition to earlier plans."""
-    planned = read(folder) | {training.name: {"path": training.path, "seed": training.seed} for training in trainings}
     Path(folder, "logs").mkdir(parents=True, exist_ok=True)
-    files.save_json({"trainings": planned}, Path(folder) / STUDY_FILE)
+    with files.locked(Path(folder) / ".study.lock", f"the plan in {folder}", wait=True):  # by a job for another seed
+        mine = {training.name: {"path": training.path, "seed": training.seed} for training in trainings}
+        files.save_json({"trainings": read(folder) | mine}, Path(folder) / STUDY_FILE)
 
 
 def read(folder: Path) -> dict[str, Any]:

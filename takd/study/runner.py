@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from takd.process import threads_each
 from takd.run.console import duration
 from takd.study.plan import Training, arrows
 
@@ -34,7 +35,7 @@ class Runner:
         self.slots, self.gpus, self.command_of = list(range(jobs)), gpus, command_of
         self.environment = dict(os.environ)
         if jobs > 1:  # otherwise each would take all cores
-            self.environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
+            self.environment["OMP_NUM_THREADS"] = threads_each(jobs)
         self.stopping: int | None = None
 
     def run(self) -> int | None:

@@ -15,12 +15,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from takd import files
 from takd.errors import UserError
 from takd.study.plan import Training
 
 SCRIPT = files.ROOT / "slurm" / "train.sbatch"
+WARNING_SECONDS = 180  # before the time limit, as the script's --signal has it
+REPORT = "report"  # name of the job
 
 
 @dataclass
@@ -47,17 +50,14 @@ class Site:
     sbatch: list[str] | None = None
 
     def options(self, trains: bool) -> list[str]:
-        """For sbatch; a job that does not train gets no GPU."""
-        gpus = self.gpu_type if trains else None
+        """For sbatch; a job that does not train needs little and no GPU."""
+        gpus, known = self.gpu_type, dict[str, Any](account=self.account)
         if gpus and not re.search(r":\d+$|^\d+$", gpus):
             gpus += ":1"
-        known = {
-            "account": self.account,
-            "gpus-per-node": gpus,
-            "time": self.time,
-            "mem": self.memory,
-            "cpus-per-task": self.cpus,
-        }
+        if trains:
+            known |= {"gpus-per-node": gpus, "time": self.time, "mem": self.memory, "cpus-per-task": self.cpus}
+        else:
+            known |= {"time": 10, "mem": "2G", "cpus-per-task": 1}
         return [f"--{key}={value}" for key, value in known.items() if value is not None] + (self.sbatch or [])
 
     @property
@@ -75,6 +75,20 @@ def check_present() -> None:
         if shutil.which(program) is None:
             fix = "run --slurm on a login node of the cluster, or add --dry-run to see the commands"
             raise UserError(f"no {program} on this machine: {fix}")
+
+
+def check_time(limit: str | None, options: Sequence[str] | None) -> None:
+    """Refuse a --time within the warning, which would stop a job as soon as it starts. sbatch checks the spelling."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit or "")
+    if not found or any(option.startswith("--signal") for option in options or ()):
+        return
+    days, *parts = (int(part or 0) for part in found.groups())
+    if found[1] is None and found[4] is None:  # minutes:seconds
+        parts = [0, *parts[:2]]
+    hours, minutes, seconds = parts
+    if ((24 * days + hours) * 60 + minutes) * 60 + seconds <= WARNING_SECONDS:
+        what = f"a job is warned {WARNING_SECONDS} s before its limit, to save, and would make no progress"
+        raise UserError(f"--time {limit}: {what}; give more, or the warning another time by --sbatch=--signal=USR1@60")
 
 
 def _jobs(trainings: Sequence[Training], pack: int, study_command: list[str]) -> Iterator[Job]:
@@ -112,16 +126,17 @@ def send(
 ) -> None:
     """Hand every training that is neither finished nor queued to `submit(job, dependency) -> job id`, then the report.
 
-    `queued`: {training name: job id}.
+    `queued`: {training name, or REPORT: job id}.
     """
-    ids = dict(queued)
+    ids = {name: job_id for name, job_id in queued.items() if name != REPORT}
+    known = len(ids)
     for job in _jobs([t for t in trainings if not t.finished and t.name not in queued], pack, study_command):
         teachers = [t.teacher for t in job.trainings if t.teacher and not t.teacher.finished]
         after = dict.fromkeys(ids[teacher.name] for teacher in teachers)
         job_id = submit(job, ":".join(["afterok", *after]) if after else None)
         ids |= {training.name: job_id for training in job.trainings}
-    if ids != queued:
-        submit(Job("report", report_command, []), ":".join(["afterany", *dict.fromkeys(ids.values())]))
+    if len(ids) > known or (ids and REPORT not in queued):
+        submit(Job(REPORT, report_command, []), ":".join(["afterany", *dict.fromkeys(ids.values())]))
 
 
 def _sbatch(job: Job, site: Site, folder: Path, dependency: str | None) -> list[str]:
@@ -155,16 +170,17 @@ class Queue:
         self.noted = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
 
     def waiting(self) -> dict[str, str]:
-        """{training name: job id} of what an earlier call submitted and SLURM still has."""
+        """{training name, or REPORT: job id} of what an earlier call submitted and SLURM still has."""
         present = set(_run(["squeue", "--me", "--noheader", "--format=%i"]).split())
         return {name: job_id for name, job_id in self.noted.items() if job_id in present}
 
     def __call__(self, job: Job, dependency: str | None) -> str:
+        if job.name == REPORT and (earlier := self.waiting().get(REPORT)):  # it waits for too few
+            _run(["scancel", earlier])
         command = _sbatch(job, self.site, self.folder, dependency)
-        job_id = (
-            _run(command, os.environ | self.site.environment).strip().split(";")[0]
-        )  # id;cluster where there are several
-        self.noted |= {training.name: job_id for training in job.trainings}
+        printed = _run(command, os.environ | self.site.environment)
+        job_id = printed.strip().split(";")[0]  # id;cluster where there are several
+        self.noted |= {training.name: job_id for training in job.trainings} or {REPORT: job_id}
         files.save_json(self.noted, self.file)
         self.say(f"submitted {job.name} as {job_id}" + (f", {dependency}" if dependency else ""))
         return job_id

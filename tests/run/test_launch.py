@@ -5,7 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, wait_until
+from conftest import LAUNCH, ROOT, wait_until
+
+from takd import process
 
 
 def finished(process):
@@ -42,6 +44,25 @@ def test_a_signal_that_torchrun_does_not_forward_is_forwarded(start_group):
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 128 + signal.SIGUSR1
+
+
+@pytest.mark.parametrize(
+    "slurm, given, processes, threads",
+    [(None, None, 2, 8), ("4", None, 2, 2), ("4", "4", 2, 2), ("4", "1", 2, 1), (None, "99", 1, 16), ("4", "4", 5, 1)],
+)
+def test_processes_share_the_jobs_cores_and_no_others(slurm, given, processes, threads, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    for name, value in (("SLURM_CPUS_PER_TASK", slurm), ("OMP_NUM_THREADS", given)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    assert process.threads_each(processes) == str(threads)
+
+
+def test_children_get_their_share_where_a_job_exports_all_of_its_threads(start_command):
+    program, job = (
+        "import os; print(os.environ['OMP_NUM_THREADS'])",
+        {"OMP_NUM_THREADS": "2", "SLURM_CPUS_PER_TASK": "2"},
+    )
+    assert finished(start_command("-c", LAUNCH, 2, "-c", program, cwd=ROOT, **job)) == (0, "1\n1\n", "")
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path, start_group, tiny):
@@ -87,3 +108,11 @@ def test_usage_errors_of_a_group_are_printed_by_its_first_process(flags, message
     first, second = (run_command("train.py", *tiny, *flags, **place, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1"))
     assert first.status == 2 and first.err.count("\n") == 1 and message in first.err
     assert second == (2, "", "")
+
+
+def test_tasks_of_srun_without_a_launcher_are_refused_by_the_first(run_command, tiny, tmp_path):
+    first, second = (
+        run_command("train.py", *tiny, cwd=tmp_path, SLURM_STEP_NUM_TASKS="2", SLURM_PROCID=task) for task in "01"
+    )
+    assert first.status == 2 and first.err.count("\n") == 1 and "torchrun" in first.err and "--cuda 2" in first.err
+    assert second == (2, "", "") and not list(tmp_path.iterdir())
