@@ -55,19 +55,8 @@ def build_parser() -> flags.Parser:
     section("on this machine")
     flag("--jobs", type=number(int, minimum=1), metavar="N", help="trainings at once (default: 1, or one per GPU)")
     flag("--gpus", nargs="+", metavar="ID", help="GPUs to spread the trainings over, such as 0 1")
-    section("on SLURM")
-    switch("--slurm", "submit with sbatch (with --dry-run: print the commands)")
+    flags.slurm_flags(parser)
     flag("--pack", type=number(int, minimum=1), metavar="N", help="train up to N students of one teacher in one job")
-    flag("--account", metavar="NAME", help="to charge; options not given come from SBATCH_* variables or the site")
-    flag("--gpu-type", metavar="TYPE[:N]", help="GPU of a job, such as h100")
-    flag("--time", metavar="H:MM:SS", help="time limit of a job; one that reaches it saves, is requeued and continues")
-    flag("--memory", "--mem", metavar="SIZE", help="memory of a job, such as 8G")
-    flag("--cpus", type=number(int, minimum=1), metavar="N", help="cores of a job")
-    flag("--modules", metavar="NAMES", help='modules to load in a job, such as "python/3.11" (or $TAKD_MODULES)')
-    flag("--venv", metavar="DIR|FILE", help="environment to activate in a job, or a requirements file to make one from "
-         "there (or $TAKD_VENV; default: this Python)")
-    flag("--stage", nargs="+", metavar="FILE", help="archives or folders to put in $SLURM_TMPDIR/data (or $TAKD_STAGE)")
-    flag("--sbatch", action="append", metavar="OPTION", help="any further option, such as --sbatch=--mail-type=END")
     return parser
 # fmt: on
 

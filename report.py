@@ -2,6 +2,7 @@
 """Report on runs: tables, figures and plain sentences, as report.md and a self-contained report.html.
 
   python3 report.py runs/paths                     a path study, finished or not
+  python3 report.py runs/sweep runs/nni-ID         searches by sweep.py and NNI: their settings, ranked
   python3 report.py runs results/*.jsonl --output board       any runs: a leaderboard, and the studies among them
   python3 report.py runs/paths --keep results/paths.jsonl     their records as one file, for later reports
   python3 report.py results/paths.jsonl --table plane2     prints one table as Markdown
@@ -15,7 +16,7 @@ from pathlib import Path
 from takd.config import flags
 from takd.config.flags import number
 from takd.errors import UserError
-from takd.study import collect
+from takd.study import collect, ranking
 from takd.study.document import Document
 
 
@@ -64,12 +65,15 @@ def main(argv: list[str] | None = None) -> None:
             return print(sections.compact_table(groups).markdown(), end="")
         place = Path(args.runs[0])
         document = Document(args.output or (place.parent / place.stem if place.suffix == ".jsonl" else place))
-        studies = collect.studies(found)
-        if len(studies) != 1:
+        studies, searches = collect.studies(found), ranking.searches(found)
+        only = len(studies) + len(searches) == 1
+        if not only:
             document.heading("Runs", 1)
             document.text(f"{len(runs)} runs in {', '.join(map(str, args.runs))}.")
         for each in studies:
-            sections.study_section(document, each, only=len(studies) == 1)
+            sections.study_section(document, each, only)
+        for search in searches:
+            sections.search_section(document, search, only)
         sections.leaderboard(document, collect.group(runs))
         sections.cost_section(document, runs, args.price_per_hour)
         if found.unreadable:

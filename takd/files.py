@@ -48,8 +48,10 @@ class Busy(UserError):
 
 
 @contextlib.contextmanager
-def locked(path: Path, what: str, wait: bool = False, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+def locked(path: Path, what: str, wait: bool = False, say: Callable[[str], None] = lambda line: None) -> Iterator[int]:
     """Hold an exclusive lock on a file for the block; the system releases it however the process ends.
+
+    The block gets the file's descriptor: a child process that inherits it holds the lock too.
 
     If another process holds the lock, Busy is raised at once, or with `wait` one line is printed and the lock is waited
     for. On a file system without locks (some clusters' scratch) the block runs without one.
@@ -77,7 +79,7 @@ def locked(path: Path, what: str, wait: bool = False, say: Callable[[str], None]
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
-        yield
+        yield file.fileno()
 
 
 def is_locked(path: str | Path) -> bool:

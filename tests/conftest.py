@@ -25,6 +25,7 @@ from PIL import Image
 import distill_paths
 import evaluate
 import report
+import sweep
 import train
 from takd.config import flags, names, run_config
 from takd.distill import evaluation
@@ -68,6 +69,8 @@ def parse_command(script, argv):
         run_config.parse(argv, elsewhere=True)
     elif script == "distill_paths.py":
         distill_paths.read_arguments(argv)
+    elif script == "sweep.py":
+        sweep.read_arguments(argv)
     else:
         parsers = {"evaluate.py": evaluate.build_parser, "report.py": report.build_parser}
         parsers["data_loader.py"] = lambda: flags.download_parser("")
@@ -183,7 +186,7 @@ def call():
 def nothing_heavy(tmp_path_factory):
     """An environment in which importing anything slow ends the process."""
     folder = tmp_path_factory.mktemp("nothing-heavy")
-    for module in "torch torchvision numpy PIL sklearn scipy matplotlib nni tensorboard tqdm".split():
+    for module in "torch torchvision numpy PIL sklearn scipy matplotlib nni optuna tensorboard tqdm".split():
         (folder / f"{module}.py").write_text("raise SystemExit(f'{__name__} was imported')")
     return {"PYTHONPATH": str(folder)}
 

@@ -15,10 +15,10 @@ LAYERS = ("config", "images", "distill", "run", "study")
 BASE = ("errors", "process", "files")
 APART = "cpu"  # its folder can be deleted: only these import it
 IMPORT_CPU = ("train.py",)
-COMMANDS = ("train", "evaluate", "distill_paths", "report")
+COMMANDS = ("train", "evaluate", "distill_paths", "sweep", "report")
 # Imported before the arguments are checked, or without torch installed: only the standard library at module level.
 LIGHT_LAYERS, LIGHT_IN_RUN = ("base", "config", "study"), ("run_directory", "console", "launch")
-EXCEPTIONS = {"takd/study/figures.py": {"matplotlib"}}
+EXCEPTIONS = {"takd/study/figures.py": {"matplotlib"}, "takd/study/search.py": {"optuna"}}
 PRINT = ("takd/config/flags.py", "takd/run/console.py", "takd/study/runner.py")
 MODULE_LINES, FUNCTION_LINES, PARAMETERS, TOP_FILES, CROSS_IMPORTS = 400, 70, 7, 8, 50
 
@@ -162,6 +162,7 @@ WRONG = {  # a wrong name, a wrong number, a wrong combination
     ),
     "data_loader.py": ("--download cifar1000", "--download digits", "--dataset-dir data"),
     "distill_paths.py": ("--sizes plane11 plane2", "--family plane --jobs 0", "--sizes plane4 plane2 --family plane"),
+    "sweep.py": ("--trials 0", "--student plane11", "--teacher plane4 --temperature 3"),
     "report.py": ("runs --table plane11", "runs --price-per-hour -1", "--output report"),
 }
 

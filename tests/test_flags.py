@@ -17,6 +17,9 @@ FLAGS = {
     "distill_paths.py": """
         --account --cpus --dry-run --family --gpu-type --gpus --help --jobs --mem --memory --modules --only --pack
         --paths --runs --sbatch --seeds --set --sizes --slurm --stage --time --venv""",
+    "sweep.py": """
+        --account --cpus --dry-run --gpu-type --help --jobs --mem --memory --modules --runs --sbatch --slurm --space
+        --stage --time --trials --venv --workers""",
     "report.py": "--help --keep --output --price-per-hour --table",
     "data_loader.py": "--dataset-dir --download --help",
 }

@@ -22,6 +22,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, read_json, read_lines, wait_until
 
+import report
 from takd.config import flags
 
 BIN = Path(sys.executable).parent
@@ -213,23 +214,18 @@ def test_all_trials_learn_from_one_teacher(experiment, proposals):
     assert {entry.name for entry in runs.iterdir()} == {"teacher", *proposals}
 
 
-def test_the_ranking_of_the_docs_is_by_what_the_trials_recorded(experiment, proposals, tmp_path):
-    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "nni.md").read_text(), re.DOTALL)
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / f"nni-{experiment.id}").symlink_to(experiment.folder.parents[1] / "runs")
-    command = [sys.executable, "-c", snippet]
-    lines = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.splitlines()
-    best = sorted(record(experiment, trial, "summary.json")["best"]["accuracy_percent"] for trial in proposals)
-    assert [line.split(" %")[0] for line in lines] == [f"{percent:.2f}" for percent in reversed(best)]
-    for line in lines:
-        trial = Path(line.split()[-1]).name
-        _, parameters = proposals[trial]
-        values = re.search(r"T (\S+) +lambda (\S+) +seed (\S+)", line).groups()
-        assert values == (
-            f"{parameters['T_student']:g}",
-            f"{parameters['lambda_student']:.2g}",
-            str(parameters["seed"]),
-        )
+def test_the_report_ranks_settings_by_what_their_trials_recorded(experiment, proposals, call, tmp_path):
+    reached = {}
+    for trial, (_, parameters) in proposals.items():
+        accuracy = record(experiment, trial, "summary.json")["best"]["accuracy_percent"]
+        reached.setdefault((parameters["T_student"], parameters["lambda_student"]), []).append(accuracy)
+    expected = [(f"{T:g}", f"{lam:g}", f"{len(a)}", f"{sum(a) / len(a):.2f}") for (T, lam), a in reached.items()]
+    outcome = call(report, experiment.folder.parents[1] / "runs", "--output", tmp_path)
+    assert outcome.status == 0, outcome.err
+    table = (tmp_path / "report.md").read_text().split("All settings")[1].split("##")[0]
+    rows = re.findall(r"^\| \**([\d.]+)\** \| \**([\d.]+)\** \| \**(\d+)\** \| \**([\d.]+)", table, re.MULTILINE)
+    assert sorted(rows) == sorted(expected)
+    assert [float(row[3]) for row in rows] == sorted((float(row[3]) for row in expected), reverse=True)
 
 
 def test_stopping_leaves_no_process(experiment):

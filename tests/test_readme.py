@@ -15,7 +15,7 @@ from conftest import ROOT, parse_command
 import report
 
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = "train|evaluate|distill_paths|report|data_loader"
+SCRIPTS = "train|evaluate|distill_paths|sweep|report|data_loader"
 # A line that runs a command of the suite, also through torchrun, srun, sbatch or docker, after settings of variables.
 COMMAND = re.compile(rf"(?:\w+=\S+ )*(?:python3?|torchrun|srun|sbatch|docker run)\b.*?\b((?:{SCRIPTS})\.py)\b(.*)")
 
@@ -64,6 +64,7 @@ sbatch --time 3:00:00 slurm/train.sbatch report.py runs
         "train.py --student plane2",
         "evaluate.py --checkpoint file",
         "distill_paths.py --family plane",
+        "sweep.py --teacher plane4",
         "report.py runs",
         "data_loader.py --download cifar10",
     ],

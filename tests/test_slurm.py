@@ -1,8 +1,11 @@
 """Jobs on a real SLURM of one node (slurm_cluster.sh): studies and arrays, cancelled, warned, requeued, refused."""
 
+import contextlib
+import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,8 +15,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, last_weights, read_json, same_weights, wait_until
+from test_sweep import check_whole, process_of
 
 import train
+from takd import files
 
 pytestmark = pytest.mark.slow
 CLUSTER = Path(__file__).with_name("slurm_cluster.sh")
@@ -53,6 +58,13 @@ def queue():
 def until(condition, seconds=300):
     """wait_until, with a pause between calls of SLURM's commands."""
     wait_until(lambda: condition() or time.sleep(0.3), seconds=seconds)
+
+
+def job_of(pid):
+    """The id of the job that a process belongs to; None where it has ended."""
+    with contextlib.suppress(OSError):
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        return next((word[13:].decode() for word in environment if word.startswith(b"SLURM_JOB_ID=")), None)
 
 
 def job_state(job_id):
@@ -131,6 +143,61 @@ def test_packed_students_share_a_job(cluster, run_command, tmp_path):
     configs = {name: read_json(tmp_path / "runs" / name / "config.json") for name in finished(tmp_path)}
     jobs = {name: config["environment"]["slurm_job"] for name, config in configs.items()}
     assert jobs["plane6-plane4-seed1"] == jobs["plane6-plane2-seed1"] != jobs["plane6-seed1"]
+
+
+def test_a_sweep_by_a_job_array_with_a_requeue_a_cancel_and_a_killed_worker(cluster, run_command, tmp_path):
+    """As many of the three workers run at once as there are cores. What each leaves is adopted and continued."""
+    seeds, T = {"_type": "choice", "_value": [1, 2]}, {"_type": "choice", "_value": [1, 2, 4, 8]}
+    (tmp_path / "space.json").write_text(json.dumps({"T": T, "seed": seeds}))
+    pair = ("--teacher", "plane2", "--student", "plane2", *DIGITS, "--epochs", "30", "--space", "space.json")
+    runs = tmp_path / "runs"
+    claims, trials = runs / "claims", runs / "trials"
+
+    def submit():
+        argv = (*pair, "--runs", "runs", "--trials", "6", "--workers", "3", *SITE)
+        return run_command("sweep.py", *argv, cwd=tmp_path)
+
+    def tasks():
+        """{process of a worker whose trial has saved an epoch and is trained: (its task, its trial)}"""
+        saved = [file.parent for file in trials.glob("*/last.pth.tar")]
+        trained = [each for each in saved if files.is_locked(claims / each.name) and files.is_locked(each / ".lock")]
+        pairs = {process_of(claims / trial.name): trial for trial in trained}
+        lines = slurm("squeue", "--me", "--noheader", "--array", "--states=RUNNING", "--format=%F_%K %A").splitlines()
+        jobs = {job: task for task, job in map(str.split, lines)}
+        return {pid: (jobs[job_of(pid)], trial) for pid, trial in pairs.items() if job_of(pid) in jobs}
+
+    def a_task():
+        found = {}
+        until(lambda: found.update(tasks()) or found)
+        return next((pid, *rest) for pid, rest in found.items())
+
+    outcome = submit()
+    assert outcome.status == 0 and outcome.out.count("submitted") == 2, outcome
+    assert "in queue  workers" in submit().out and len(queue()) >= 2, "an array in the queue is not submitted again"
+
+    def over():
+        """Whether the queue is empty; SLURM would wait for two minutes before it starts what was requeued."""
+        lines = slurm("squeue", "--me", "--noheader", "--array", "--format=%F_%K %r").splitlines()
+        for task in [line.split()[0] for line in lines if line.endswith("BeginTime")]:
+            time.sleep(10)  # it needs a few seconds
+            subprocess.run(["scontrol", "update", f"JobId={task}", "StartTime=now"], check=False)
+        return not lines
+
+    worker, _, _ = a_task()
+    os.kill(worker, signal.SIGUSR1)  # as SLURM does before the time limit
+    until(lambda: "BeginTime" in slurm("squeue", "--me", "--array", "--format=%r"))
+    worker, _, trial = a_task()
+    training = process_of(trial / ".lock")
+    os.kill(worker, signal.SIGKILL)
+    os.kill(training, signal.SIGKILL)
+    _, cancelled, _ = a_task()
+    slurm("scancel", cancelled)
+    until(over, seconds=900)
+    check_whole(runs, [1, 2], 6)
+    logs = "".join(log.read_text() for log in (runs / "logs").glob("workers-*.log"))
+    assert logs.count("begin     ") == 6, "each trial is begun once"
+    assert logs.count("continue  ") >= 3 and "goes back into the queue" in logs
+    assert "6 of 6 trials finished, 0 in progress, 0 failed" in logs
 
 
 def test_data_is_staged_to_the_node(sbatch, class_folders, tmp_path):

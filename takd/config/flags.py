@@ -76,10 +76,10 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def check_packages(program: str, *packages: str) -> None:
+def check_packages(program: str, *packages: str, file: str = "requirements.txt") -> None:
     """End with one line where a package is not installed."""
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        fix = f"install what the suite needs with: {sys.executable} -m pip install -r requirements.txt"
+        fix = f"install what the suite needs with: {sys.executable} -m pip install -r {file}"
         sys.exit(fail(program, f"No module named '{missing[0]}'; {fix} (or activate the environment that has it)", 2))
 
 
@@ -278,6 +278,23 @@ def train_parser(description: str = "") -> Parser:
          help="minutes between saves within an epoch; its end and SIGTERM, SIGINT, SIGUSR1 save too")
     switch("--json", "print the summary as JSON; other lines go to standard error")
     return parser
+
+
+def slurm_flags(parser: Parser) -> None:
+    """The SLURM flags of distill_paths.py and sweep.py: --slurm, and the fields of takd.study.slurm.Site."""
+    flag = parser.flag
+    parser.section("on SLURM")
+    parser.switch("--slurm", "submit with sbatch (with --dry-run: print the commands)")
+    flag("--account", metavar="NAME", help="to charge; options not given come from SBATCH_* variables or the site")
+    flag("--gpu-type", metavar="TYPE[:N]", help="GPU of a job, such as h100")
+    flag("--time", metavar="H:MM:SS", help="time limit of a job; one that reaches it saves, is requeued and continues")
+    flag("--memory", "--mem", metavar="SIZE", help="memory of a job, such as 8G")
+    flag("--cpus", type=number(int, minimum=1), metavar="N", help="cores of a job")
+    flag("--modules", metavar="NAMES", help='modules to load in a job, such as "python/3.11" (or $TAKD_MODULES)')
+    flag("--venv", metavar="DIR|FILE", help="environment to activate in a job, or a requirements file to make one from "
+         "there (or $TAKD_VENV; default: this Python)")
+    flag("--stage", nargs="+", metavar="FILE", help="archives or folders to put in $SLURM_TMPDIR/data (or $TAKD_STAGE)")
+    flag("--sbatch", action="append", metavar="OPTION", help="any further option, such as --sbatch=--mail-type=END")
 
 
 def download_parser(description: str) -> Parser:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def check_types() -> None:
 
 
 def proposal() -> dict[str, Any]:
-    """{setting: value} from the tuner. Unknown keys, and two for one setting, are UserErrors."""
+    """{setting: value} from the tuner."""
     check_types()
     try:
         import nni
@@ -58,17 +59,24 @@ def proposal() -> dict[str, Any]:
             f"this is an NNI trial and its Python, {sys.executable}, cannot import nni ({error}); "
             "start nnictl from a shell where the environment it belongs to is activated"
         ) from None
-    proposed = nni.get_next_parameter() or {}
-    if unknown := [key for key in proposed if key not in PARAMETERS]:
-        raise UserError(
-            f"the tuner proposes {', '.join(sorted(unknown))}; search_space.json may hold {' '.join(PARAMETERS)}"
-        )
-    settings: dict[str, Any] = {}
+    return settings(nni.get_next_parameter() or {})
+
+
+def settings(proposed: Mapping[str, Any]) -> dict[str, Any]:
+    """The same under the suite's names; METHOD.OPTION, an option of a method, keeps its own.
+
+    Keys that mean nothing here, or the same twice, are UserErrors.
+    """
+    if unknown := [key for key in proposed if key not in PARAMETERS and "." not in key]:
+        known = f"{' '.join(PARAMETERS)}, and options of the method such as dkd.beta"
+        raise UserError(f"the tuner proposes {', '.join(sorted(unknown))}; search_space.json may hold {known}")
+    renamed: dict[str, Any] = {}
     for key, value in proposed.items():
-        if PARAMETERS[key] in settings:
-            raise UserError(f"the tuner proposes {PARAMETERS[key]} under two names ({' '.join(proposed)}); keep one")
-        settings[PARAMETERS[key]] = value
-    return settings
+        name = PARAMETERS.get(key, key)
+        if name in renamed:
+            raise UserError(f"the tuner proposes {name} under two names ({' '.join(proposed)}); keep one")
+        renamed[name] = value
+    return renamed
 
 
 def report_epoch(epoch: int, accuracy_percent: float) -> None:

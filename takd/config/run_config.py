@@ -148,6 +148,21 @@ class RunConfig:
         return self.run_path / f"{names.file_name(self.student)}_{self.trial or f'seed{self.seed}'}_best.pth.tar"
 
 
+def command(record: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
+    """The arguments of train.py that make a run again, from what config.json has of it: settings that were given, by a
+    tuner too, and where its data and its teacher are."""
+    given = {
+        key: record[key]
+        for key, origin in origins.items()
+        if key in record and origin != "default" and not origin.startswith(DERIVED)
+        if key not in ("trial", "run_dir", "json", "without_effect")
+    }
+    options = given.pop("method_options", {}).items()
+    if words := [f"{key}={value}" for key, value in options if key not in OPTION_FLAGS]:
+        given["method_option"] = words
+    return flags.words(given | {key: record[key] for key in ("teacher_checkpoint",) if key in record})
+
+
 # ---------------------------------------------------------------------------------------------------- parsing
 def parse(argv: list[str], description: str = "", elsewhere: bool = False) -> RunConfig:
     """The run of a command line and, in a trial, of NNI's proposal. Exits with a usage error if they are wrong.
@@ -159,10 +174,8 @@ def parse(argv: list[str], description: str = "", elsewhere: bool = False) -> Ru
     try:
         if trial := nni_trial.trial():
             given["trial"], origins["trial"] = trial, "NNI"
-            for key, value in nni_trial.proposal().items():
-                if key in given:
-                    raise UserError(f"--{key} is given and also proposed by the tuner; remove one of them")
-                given[key], origins[key] = proposed_value(parser, key, value), "tuner"
+            proposed = proposed_settings(parser, given, nni_trial.proposal())
+            given, origins = given | proposed, origins | dict.fromkeys(proposed, "tuner")
         _check_combinations(given, origins)
         for key, default in parser.defaults.items():
             if key not in given and default is not None:
@@ -173,21 +186,34 @@ def parse(argv: list[str], description: str = "", elsewhere: bool = False) -> Ru
         parser.error(str(error))
 
 
-def proposed_value(parser: flags.Parser, key: str, value: Any) -> Any:
-    """A tuner's value under the same bounds as the flag's. Some samplers give whole numbers as 20.0."""
-    convert: Any = parser.actions[key].type
-    whole = isinstance(value, float) and value.is_integer()
-    try:
-        return convert(str(int(value) if whole else value))
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"the tuner proposes {key} {value}: {error}; correct search_space.json") from None
+def proposed_settings(parser: flags.Parser, given: Mapping[str, Any], proposal: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a tuner's proposal adds to the given ones, under the same bounds as the flags'."""
+    settings: dict[str, Any] = {}
+    for key, value in proposal.items():
+        whole = isinstance(value, float) and value.is_integer()  # some samplers give 20 as 20.0
+        text, (method, dot, option) = str(int(value) if whole else value), key.rpartition(".")
+        convert: Any = None if dot else parser.actions[key].type
+        if key in given:
+            raise UserError(f"--{key} is given and also proposed by the tuner; remove one of them")
+        if dot and method != (used := given.get("method", parser.defaults["method"])):
+            raise UserError(f"the tuner proposes {key}, and the method is {used}; add --method {method} or remove it")
+        try:
+            if dot:
+                words = settings.setdefault("method_option", list(given.get("method_option", ())))
+                words.append(f"{option}={text}")
+            else:
+                settings[key] = convert(text)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"the tuner proposes {key} {value}: {error}; correct search_space.json") from None
+    return settings
 
 
 def _check_combinations(given: Mapping[str, Any], origins: Mapping[str, str]) -> None:
     """Refuse flags that would have no effect, so that nobody assumes they had one."""
     if "teacher" not in given:
         for key in NEED_TEACHER:
-            if key in given and origins[key] != "tuner" and (key, given[key]) != ("method", "base"):
+            excused = key in OPTION_FLAGS and origins.get(key) == "tuner"  # noted in the run's record
+            if key in given and not excused and (key, given[key]) != ("method", "base"):
                 raise UserError(f"--{key.replace('_', '-')} needs --teacher")
     if "measure" in given and (unused := sorted(given.keys() - {"measure", *MEASURED})):
         raise UserError(f"--measure trains nothing: --{unused[0].replace('_', '-')} has no effect on it; leave it out")
@@ -273,7 +299,7 @@ def _resolve_method(settings: dict[str, Any], origins: dict[str, str], recipe: r
     name, known = settings["method"], methods.find(settings["method"]).options
     chosen, from_recipe = _given_options(settings, known), recipe.method_options.get(name, {})
     options = {key: option.default for key, option in known.items()} | from_recipe | chosen
-    settings["method_options"], origins["method_options"] = options, "resolved"
+    settings["method_options"], origins["method_options"] = options, origins.get("method_option", "resolved")
     for key in OPTION_FLAGS:
         if key in options:
             unchosen = f"recipe {settings['recipe']}" if key in from_recipe else f"default of {name}"

@@ -55,14 +55,11 @@ class RunDirectory:
                 if not (self.path / "teacher").is_dir():
                     raise UserError(f"{self.path} holds files but no run; give a new or empty folder with --run-dir")
             return None
-        if differ := [key for key in identity if recorded.get(key) != identity[key]]:
-            changes = ", ".join(
-                f"{key} {_short(recorded.get(key))} there, {_short(identity[key])} now" for key in differ
-            )
+        if changes := differences({key: recorded.get(key) for key in identity}, identity):
             raise UserError(f"{self.path} holds another run ({changes}); give another --run-dir or delete that folder")
         return recorded
 
-    def claim(self, wait: bool = False, say: Callable[[str], None] = lambda line: None) -> AbstractContextManager[None]:
+    def claim(self, wait: bool = False, say: Callable[[str], None] = lambda line: None) -> AbstractContextManager[int]:
         """A lock on the folder for as long as the context lasts."""
         return files.locked(self.path / ".lock", f"run {self.path}", wait, say)
 
@@ -109,6 +106,12 @@ def _tag(key: str) -> str:
     """train_loss -> loss/train, so that TensorBoard shows train and test in one group."""
     part, _, rest = key.partition("_")
     return f"{rest}/{part}" if part in ("train", "test", "validation") else key
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between a recorded configuration and the present one, as 'epochs 2 there, 3 now'."""
+    differ = [key for key in {**now, **there} if there.get(key) != now.get(key)]
+    return ", ".join(f"{key} {_short(there.get(key))} there, {_short(now.get(key))} now" for key in differ)
 
 
 def _short(value: Any) -> str:

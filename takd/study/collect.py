@@ -21,6 +21,7 @@ from takd.study import plan
 from takd.study.plan import NetworkPath
 
 OUTCOMES = ("best", "last")
+TRIALS = "trials"  # the subfolder of a sweep that holds its trials
 # What may differ between runs that are equal except for their seed: where and when they ran, not how they were trained.
 APART = {"seed", "teacher_weights", "origins", "argv", "environment", "path", "trial", *INCIDENTAL}
 
@@ -51,14 +52,26 @@ class Run:
     def seconds(self) -> float:
         return sum(record["train_seconds"] + record["evaluation_seconds"] for record in self.records)
 
+    @property
+    def search(self) -> Path | None:
+        """The folder of the search that this run is a trial of: an NNI experiment's, or sweep.py's."""
+        if self.config.get("trial"):
+            return self.folder.parent
+        return self.folder.parent.parent if self.folder.parent.name == TRIALS else None
+
     def accuracy(self, which: str) -> float | None:
-        """Test accuracy, None before the first epoch is over."""
+        """Of the test images at the "best" or "last" epoch, of the selection split at the best: "selection".
+
+        None before the first epoch is over.
+        """
         if not self.records:
             return None
         split = "validation" if self.config["validation_split"] else "test"
         best = max(
             self.records, key=lambda record: record[f"{split}_accuracy_percent"]
         )  # the first of equals, as train.py
+        if which == "selection":
+            return best[f"{split}_accuracy_percent"]
         return (best if which == "best" else self.records[-1])["test_accuracy_percent"]
 
     @property
@@ -106,7 +119,8 @@ def collect(places: Iterable[str | Path]) -> Collection:
 def _read_folders(folder: Path, found: Collection) -> None:
     for file in sorted(folder.rglob("config.json")):
         directory = RunDirectory(file.parent)
-        study = file.parent.parent if (file.parent.parent / plan.STUDY_FILE).is_file() else None
+        above = file.parent.parent
+        study = above if (above / plan.STUDY_FILE).is_file() and not (above / TRIALS).is_dir() else None
         if study and study not in found.planned:
             found.plan(study, plan.read(study).values())
         try:
@@ -256,9 +270,12 @@ class Study:
 
 
 def studies(found: Collection) -> list[Study]:
-    """The studies among runs: one per study folder, data set and teacher; other runs by data set, recipe and epochs."""
+    """The studies among runs: one per study folder, data set and teacher; other runs by data set, recipe and epochs.
+
+    A search's trials are in none.
+    """
     parts: dict[Any, list[Run]] = {}
-    for run in found.runs.values():
+    for run in [run for run in found.runs.values() if not run.search]:
         comparable = None if run.study else (run.config["recipe"], run.config["epochs"])
         parts.setdefault((run.study, run.config["dataset"], comparable), []).append(run)
     result = []

@@ -35,6 +35,9 @@ class Document:
         if paragraph := " ".join(sentence for sentence in sentences if sentence):
             self.blocks.append(("text", paragraph))
 
+    def code(self, line: str) -> None:
+        self.blocks.append(("code", line))
+
     def table(self, header: Sequence[str], rows: Rows, mark: int | None = None) -> None:
         """Rows of cells as text; numbers are right-aligned. The row numbered `mark` is highlighted."""
         if rows:  # empty columns are dropped
@@ -59,6 +62,8 @@ class Document:
                     parts.append(f"{'#' * level} {text}")
                 case "text", text:
                     parts.append(text)
+                case "code", line:
+                    parts.append(f"    {line}")
                 case "table", header, rows, mark:
                     shown = [[f"**{c}**" if c and i == mark else c for c in row] for i, row in enumerate(rows)]
                     sides = ["--:" if right else "---" for right in _numeric(header, shown)]
@@ -76,6 +81,8 @@ class Document:
                     parts.append(f"<h{level}>{html.escape(text)}</h{level}>")
                 case "text", text:
                     parts.append(f"<p>{html.escape(text)}</p>")
+                case "code", line:
+                    parts.append(f"<pre>{html.escape(line)}</pre>")
                 case "table", header, rows, mark:
                     parts.append(_html_table(header, rows, mark))
                 case "figure", _, caption, svg, _:

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 from matplotlib import rc_context
-from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from takd.study.collect import Study
+from takd.study.collect import Group, Study
 from takd.study.plan import NetworkPath
+from takd.study.ranking import Search
 
 Drawn = tuple[str, bytes]
 Parameters = ParamSpec("Parameters")
@@ -25,6 +27,7 @@ Published = Mapping[NetworkPath, float]
 INK, GREY, FAINT, GRID = "#1b2733", "#6b7785", "#b8c1cc", "#e6eaef"
 BLUE, PALE, BEST, PAPER = "#1f6fb2", "#e3effa", "#d9730d", "#8a94a0"
 STEPS = ("#0b3c6f", "#2f7fc1", "#39a3a0", "#8cb369", "#c9a227", "#b5651d", "#7d5ba6", "#c2517c")
+SHADES = LinearSegmentedColormap.from_list("shades", ("#a9c95a", "#39a3a0", BLUE, "#0b2545"))
 DASHED = (0, (4, 3))
 STYLE = Path(__file__).with_name("figures.mplstyle")
 
@@ -211,6 +214,37 @@ def curves(study: Study) -> Figure:
     handles += [Line2D([], [], color=BEST, lw=2.4, label=f"best path: {study.short(best)}")] if best else []
     figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 3 if width < 3 else 6), fontsize=8.5)
     figure.tight_layout(rect=(0, 0.22 / height if width < 3 else 0.12 / height, 1, 1))
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------- a search
+@styled
+def search(found: Search) -> Figure:
+    """Accuracy on the selection split over temperature, a line a lambda; the best setting is marked."""
+    series: dict[float, list[Group]] = {}
+    for group in found.groups:
+        if group.finished:
+            series.setdefault(group.options.get("lambda", 0.0), []).append(group)
+    figure = Figure(figsize=(8, 4.2))
+    axes = figure.subplots()
+    shades: Any = ScalarMappable(Normalize(min(series), max(series)), SHADES)
+    for value, groups in sorted(series.items()):
+        groups.sort(key=lambda group: group.options["temperature"])
+        places = [group.options["temperature"] for group in groups]
+        means = [group.mean("selection") or 0 for group in groups]
+        spreads = [group.deviation("selection") or 0 for group in groups]
+        look: dict[str, Any] = {"color": shades.to_rgba(value), "fmt": "o-", "ms": 5, "lw": 1.4, "capsize": 3}
+        axes.errorbar(places, means, yerr=spreads, **look)
+    best = found.groups[0]
+    look = {"ls": "", "ms": 12, "mfc": "none", "mec": BEST, "mew": 2, "zorder": 4}
+    axes.plot(best.options["temperature"], best.mean("selection") or 0, "o", label="best setting", **look)
+    if len(series) > 1:
+        bar: Any = figure.colorbar(shades, ax=axes, ticks=sorted(series) if len(series) < 12 else None)
+        bar.ax.set_title("λ")
+        bar.outline.set_visible(False)
+    axes.set(xlabel="temperature T", ylabel=f"{found.selection} accuracy, %")
+    axes.legend(fontsize=8.5)
+    figure.tight_layout()
     return figure
 
 

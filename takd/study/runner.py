@@ -107,7 +107,7 @@ class Runner:
             elif self.stopping or training.run.in_use:  # another process has started it: wait for that
                 self.waiting.append(training)
             else:
-                self.failed[training] = _reason(process.returncode, training.log)
+                self.failed[training] = exit_reason(process.returncode, training.log)
                 say(f"failed    {training.name}: {self.failed[training]}")
 
     def _report(self, training: Training, say: Callable[[str], None]) -> None:
@@ -117,7 +117,7 @@ class Runner:
         say(f"{self.finished_count:>3}/{self.total}  {arrows(training.path)}, seed {training.seed}: {outcome}")
 
 
-def _reason(status: int, log: Path) -> str:
+def exit_reason(status: int, log: Path) -> str:
     """Why a training failed: its exit status and the last line it wrote."""
     how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()

@@ -1,65 +1,19 @@
 """The sections of a report over runs, as blocks of a Document: the answer first, then tables and figures."""
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
-from takd.config import names, recipes
+from takd.config import names
 from takd.config.names import DATASETS
 from takd.run.console import duration
 from takd.study import collect, figures, statistics
 from takd.study.collect import Group, Run, Study
 from takd.study.document import Document
+from takd.study.formatting import p_value, percent, points, recipe_of, seeds_of, settings_of
 from takd.study.plan import NetworkPath, arrows
+from takd.study.ranking import Search
 from takd.study.statistics import Difference
 
 Published = Mapping[NetworkPath, Mapping[str, float]]
-
-
-# -------------------------------------------------------------------------------------------------- formatting
-def percent(mean: float | None, deviation: float | None = None) -> str:
-    if mean is None:
-        return ""
-    return f"{mean:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
-
-
-def points(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
-
-
-def p_value(p: float | None) -> str:
-    return "" if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def settings_of(group: Group) -> str:
-    symbols, hidden = {"temperature": "T", "lambda": "λ"}, ("reduction",)
-    ordered = sorted(
-        group.options.items(), key=lambda item: list(symbols).index(item[0]) if item[0] in symbols else len(symbols)
-    )
-    shown = {symbols.get(key, key): value for key, value in ordered if key not in hidden}
-    return ", ".join(
-        f"{key} {value:g}" if isinstance(value, int | float) else f"{key} {value}" for key, value in shown.items()
-    )
-
-
-def seeds_of(group: Group | None, planned: int = 0) -> str:
-    done = len(group.finished) if group else 0
-    expected = max(planned, len(group.runs) if group else 0)
-    return f"{done}" if done == expected else f"{done} of {expected}"
-
-
-def recipe_of(group: Group) -> str:
-    """The recipe, the epochs, and settings that differ from the recipe."""
-    config = group.config
-    recipe = recipes.recipe(config["recipe"], group.path[-1])
-    usual = dataclasses.asdict(recipe) | {"milestones": recipes.milestone_epochs(recipe, config["epochs"])}
-    del usual["epochs"], usual["method_options"]  # shown apart
-    if not names.DATASETS[config["dataset"]].flips:
-        usual["augment"] = "none"
-    changed = {key: config[key] for key, value in usual.items() if key in config and config[key] != value}
-    if isinstance(changed.get("milestones"), list):
-        changed["milestones"] = " ".join(map(str, changed["milestones"])) or "none"
-    differences = (f"{key.replace('_', ' ')} {value}" for key, value in changed.items())
-    return ", ".join([config["recipe"], str(config["epochs"]), *differences])
 
 
 # -------------------------------------------------------------------------------------------------- a path study
@@ -254,6 +208,36 @@ def rule(document: Document, found: Study) -> None:
     ]
     header = ["assistant", "alone, %", "from the mean, points", f"{found.student} after it, %"]
     document.table(header, rows, mark=list(own).index(nearest))
+
+
+# ----------------------------------------------------------------------------------------------------- a search
+def search_section(document: Document, found: Search, only: bool) -> None:
+    """The ranking of a search's settings, the best one's command, and accuracy over T for each lambda."""
+    path, dataset = found.groups[0].path, found.groups[0].config["dataset"]
+    title = f"Search of {arrows(path)} on {dataset}"
+    document.heading(title if only else f"{title} ({found.folder})", 1 if only else 2)
+    header, rows = found.table()
+    if best := found.best:
+        values = ", ".join(
+            f"{name} {value}" for name, value in zip(header, rows[0][: len(found.searched)], strict=False)
+        )
+        judged = percent(best.mean("selection"), best.deviation("selection"))
+        many = f"mean of {len(best.finished)} seeds" if len(best.finished) > 1 else "one seed"
+        document.text(
+            f"The best setting is {values or 'the only one'}: {judged} % on the {found.selection} images ({many})."
+        )
+        if found.selection == "test":
+            document.text(
+                "Settings and epochs were chosen on the test images, so the best one's accuracy is too high;",
+                "--validation-split holds training images out for the choice.",
+            )
+        document.text("Its run again:")
+        document.code(found.command)
+    document.heading("All settings", 3)
+    document.table(header, rows, mark=0 if best else None)
+    if best and "temperature" in found.searched:
+        caption = f"Accuracy on the {found.selection} images, means over seeds with their deviations."
+        document.figure(f"figures/{path[-1]}-{dataset}-search", figures.search(found), caption)
 
 
 # ------------------------------------------------------------------------------------------------ leaderboard

@@ -171,7 +171,7 @@ class Queue:
 
     def waiting(self) -> dict[str, str]:
         """{training name, or REPORT: job id} of what an earlier call submitted and SLURM still has."""
-        present = set(_run(["squeue", "--me", "--noheader", "--format=%i"]).split())
+        present = set(_run(["squeue", "--me", "--noheader", "--format=%F"]).split())
         return {name: job_id for name, job_id in self.noted.items() if job_id in present}
 
     def __call__(self, job: Job, dependency: str | None) -> str:

@@ -76,6 +76,9 @@ REFUSED = {
     "share": ({"lambda_student": 1.5}, ["lambda 1.5", "at most 1"]),
     "whole": ({"seed": 20.5}, ["seed 20.5", "whole"]),
     "given": ({"T": 4, "lambda": 0.5}, ["--lambda", "also proposed by the tuner"]),
+    "method": ({"dkd.beta": 8}, ["dkd.beta", "the method is kd; add --method dkd"]),
+    "option": ({"kd.beta": 8}, ["method kd has no option 'beta'", "options of kd: temperature lambda"]),
+    "alone": ({"kd.reduction": "mean"}, ["--method-option needs --teacher"]),
     "repeat": ({"seed": 20}, ["--repeat is not for a tuner's trials"]),
 }
 MORE_FLAGS = {"given": ("--lambda", "0.5"), "repeat": ("--repeat", "2")}
@@ -85,7 +88,8 @@ MORE_FLAGS = {"given": ("--lambda", "0.5"), "repeat": ("--repeat", "2")}
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_wrong_proposal_is_refused_in_one_line_before_torch_is_imported(run_command, tmp_path, case):
     proposed, expected = REFUSED[case]
-    command = (*TINY, "--teacher", "plane4", *MORE_FLAGS.get(case, ()))
+    teacher = () if case == "alone" else ("--teacher", "plane4")
+    command = (*TINY, *teacher, *MORE_FLAGS.get(case, ()))
     path = module_that_raises(tmp_path, "torch", "RuntimeError")
     outcome = run_command("train.py", *command, cwd=tmp_path, PYTHONPATH=path, **in_trial(tmp_path, proposed))
     assert (outcome.status, len(outcome.err.splitlines())) == (2, 1)
@@ -155,6 +159,21 @@ def test_two_trials_at_once_share_one_teacher_and_keep_the_rest_apart(start_comm
 
 
 @needs_nni
+def test_options_of_the_method_may_be_searched(run_command, tmp_path):
+    command = [*TINY, "--teacher", "plane4", "--method", "dkd", "--method-option", "warmup=3"]
+    code = (
+        f"import sys; from takd.config import run_config; config = run_config.parse({command!r}); "
+        "print(*run_config.command(config.record(), config.origins), file=sys.stderr)"  # nni takes standard output
+    )
+    proposed = {"dkd.beta": 8.0, "T": 2}
+    outcome = run_command("-c", code, cwd=ROOT, **in_trial(tmp_path, proposed))
+    assert outcome.status == 0, outcome.err
+    again = run_config.parse(outcome.err.split(), elsewhere=True)
+    options = {"alpha": 1.0, "beta": 8.0, "temperature": 2.0, "warmup": 3}
+    assert again.method == "dkd" and again.method_options == options
+
+
+@needs_nni
 def test_temperature_and_lambda_of_a_network_without_teacher_are_noted_as_without_effect(run_command, tmp_path):
     """With a validation split, the accuracy on it is reported. Without --run-dir the folder is the experiment's."""
     proposed = {"T_student": 5, "lambda_student": 0.5, "seed": 55}
@@ -181,7 +200,8 @@ def test_the_shipped_search_space_is_the_papers_and_within_the_flags_bounds():
     parser = flags.train_parser()
     for key, values in space.items():
         for value in values["_value"]:
-            assert run_config.proposed_value(parser, nni_trial.PARAMETERS[key], value) == value
+            settings = nni_trial.settings({key: value})
+            assert run_config.proposed_settings(parser, {}, settings) == settings
 
 
 @needs_nni

@@ -1,0 +1,126 @@
+"""A sweep's folder, and the runs that make it.
+
+    study.json       the command, the search space, the number of trials, and why trials failed
+    journal.log      Optuna's: which settings were drawn (takd/study/search.py)
+    claims/          a lock a trial, held while a worker makes it
+    teacher/         the run that trains the trials' teacher
+    trials/NNN/      each trial, a run of train.py like any other
+    logs/            what they printed
+
+A setting is made once for each seed of the space, and each of these runs is a trial, as NNI counts them.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from takd import files
+from takd.config import flags, run_config
+from takd.errors import UserError
+from takd.run.run_directory import RunDirectory, differences
+from takd.study.collect import TRIALS
+from takd.study.plan import STUDY_FILE
+from takd.study.space import Parameter
+
+OWNED = ("repeat", "run_dir", "json", "measure")  # train.py's flags that the sweep sets
+Setting = dict[str, Any]  # {searched setting: value}
+
+
+class Sweep:
+    """`common` is what train.py is given in every trial; all that can be wrong with it or the space is found here."""
+
+    def __init__(
+        self, folder: Path, space: Mapping[str, Parameter], seeds: Sequence[int | None], common: dict[str, Any]
+    ) -> None:
+        self.folder, self.space, self.seeds = folder, space, seeds
+        self.study_file, self.journal, self.claims = folder / STUDY_FILE, folder / "journal.log", folder / "claims"
+        self._common, self._parser = common, flags.train_parser()
+        self.base = run_config.parse(flags.words(common | {"run_dir": folder}), elsewhere=True)
+        self.teacher = RunDirectory(folder / "teacher") if self.base.teacher and not self._given_teacher else None
+        ends = {key: parameter.values or [parameter.low, parameter.high] for key, parameter in space.items()}
+        first = {key: values[0] for key, values in ends.items()}
+        for setting in [first, *({**first, key: value} for key, values in ends.items() for value in values)]:
+            run_config.parse(self.arguments(0, setting, seeds[0]), elsewhere=True)
+        for seed in seeds:
+            self.arguments(0, first, seed)
+
+    @property
+    def _given_teacher(self) -> str | None:
+        return self._common.get("teacher_checkpoint")
+
+    # ------------------------------------------------------------------------------------------ what is to be made
+    def record(self, trials: int) -> None:
+        """Note the sweep in its folder, or find it there; another one is a UserError. `trials` never becomes fewer."""
+        now = self.base.identity() | {"teacher_checkpoint": self._given_teacher}
+        now |= {key: parameter.form for key, parameter in self.space.items()}
+        if self.seeds != [None]:
+            now["seed"] = self.seeds
+        with self.lock():
+            new: dict[str, Any] = {"sweep": now, "trials": 0, "failed": {}}
+            noted = self.read() if self.study_file.exists() else new
+            if changes := differences(noted["sweep"], now):
+                raise UserError(
+                    f"{self.folder} holds another sweep ({changes}); give another --runs or delete that folder"
+                )
+            (self.folder / "logs").mkdir(exist_ok=True)
+            files.save_json(noted | {"trials": max(trials, noted["trials"])}, self.study_file)
+
+    def read(self) -> dict[str, Any]:
+        return read(self.folder)
+
+    def lock(self) -> Any:
+        """Held while a worker looks for a trial: one at a time, so that no trial is taken twice."""
+        return files.locked(self.claims / ".lock", str(self.folder), wait=True)
+
+    def trial(self, number: int) -> RunDirectory:
+        return RunDirectory(self.folder / TRIALS / f"{number:03}")
+
+    def arguments(self, number: int, setting: Setting, seed: int | None) -> list[str]:
+        """train.py's for a trial."""
+        proposal = setting if seed is None else setting | {"seed": seed}
+        given = self._common | run_config.proposed_settings(self._parser, self._common, proposal)
+        if self.teacher:
+            summary = self.teacher.read(self.teacher.summary_file)  # None while the trials are only planned
+            name = Path(summary["checkpoint"]).name if summary else self.base.teacher_config().best_file.name
+            given["teacher_checkpoint"] = self.teacher.path / name
+        return flags.words(given | {"run_dir": self.trial(number).path})
+
+    @property
+    def teacher_arguments(self) -> list[str]:
+        """train.py's for the teacher."""
+        config = self.base.teacher_config()
+        return [*run_config.command(config.record(), config.origins), "--run-dir", str(config.run_dir)]
+
+    # ------------------------------------------------------------------------------------------ what there is of it
+    def accuracy(self, number: int) -> float | None:
+        """Of a finished trial, in percent, on the split that its best epoch is chosen on."""
+        summary = self.trial(number).read(self.trial(number).summary_file)
+        return summary and summary["best"]["accuracy_percent"]
+
+    def note_failure(self, trial: str, reason: str) -> None:
+        with self.lock():
+            noted = self.read()
+            files.save_json(noted | {"failed": noted["failed"] | {trial: reason}}, self.study_file)
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """A sweep's study.json."""
+    contents = RunDirectory(folder).read(folder / STUDY_FILE)
+    if not isinstance(contents, dict) or "sweep" not in contents:
+        raise UserError(f"{folder} holds no sweep; sweep.py --runs {folder} and what it is to search makes one")
+    return contents
+
+
+class State(NamedTuple):
+    """How far a sweep is: numbers of trials, and {failed trial: why}."""
+
+    finished: int
+    running: int
+    trials: int
+    failed: dict[str, str]
+
+
+def state(folder: Path) -> State:
+    noted, finished = read(folder), len(list((folder / TRIALS).glob("*/summary.json")))
+    running = sum(map(files.is_locked, (folder / "claims").glob("[0-9]*")))
+    return State(finished, running, noted["trials"], noted["failed"])
