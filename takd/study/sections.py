@@ -231,7 +231,7 @@ def search_section(document: Document, found: Search, only: bool) -> None:
                 "Settings and epochs were chosen on the test images, so the best one's accuracy is too high;",
                 "--validation-split holds training images out for the choice.",
             )
-        document.text("Its run again:")
+        document.text("The command of its first run:")
         document.code(found.command)
     document.heading("All settings", 3)
     document.table(header, rows, mark=0 if best else None)
