@@ -92,7 +92,8 @@ def test_uneven_parts_and_a_last_batch_of_one_image(tmp_path, call, group, tiny)
     alone = call(train, *command, "--run-dir", tmp_path / "alone")
     status, out, err = group(*command, "--run-dir", tmp_path / "run")
     assert (status, err) == (0, "")
-    assert_same_runs(tmp_path / "run", tmp_path / "alone")
+    # Batch norm over one image magnifies rounding: one process with one thread and with two is 5e-5 apart.
+    assert_same_runs(tmp_path / "run", tmp_path / "alone", tolerance=1e-4)
     assert first_words(out) == first_words(alone.out) and "2 processes of 1 threads" in out
     assert read_json(tmp_path / "run/config.json")["environment"]["processes"] == 2
 
