@@ -6,9 +6,9 @@
       --slurm --workers 10 --account def-me --gpu-type h100 --time 3:00:00      two jobs: the teacher, then the workers
   python3 sweep.py runs/digits                                                  the settings so far, ranked, at any time
 
-What is searched stands in search_space.json, in NNI's types. Seeds there are replicates: each setting is made with each
-of them, each time a trial, and judged by its mean. The same command again, here or elsewhere, is one more worker: it
-continues what was interrupted, then makes new trials. Every other flag of train.py is passed on to each training.
+The search space is search_space.json, in NNI's format. Its seeds are replicates: each setting is trained once with each
+seed, and judged by the mean. The same command again, here or on another machine, is one more worker: it continues what
+was interrupted, then begins new trials. All other flags are train.py's and are passed on to each training.
 """
 
 import argparse
@@ -35,17 +35,17 @@ def build_parser() -> flags.Parser:
     flag, whole = parser.flag, number(int, minimum=1)
     parser.section("search")
     flag("--runs", metavar="DIR", default="runs/sweep", help="folder for the trials, the teacher and the report")
-    flag("--space", metavar="FILE", help="what is searched, as NNI has it (default: the suite's search_space.json)")
-    flag("--trials", type=whole, metavar="N", default=120, help="trainings in all, each seed of a setting is one")
+    flag("--space", metavar="FILE", help="search space, in NNI's format (default: the suite's search_space.json)")
+    flag("--trials", type=whole, metavar="N", default=120, help="trainings in total, counting each seed of a setting")
     flag("--jobs", type=whole, metavar="N", default=1, help="trainings at once in each worker")
     flags.slurm_flags(parser)
-    flag("--workers", type=whole, metavar="N", help="of a job array (default: 1)")
+    flag("--workers", type=whole, metavar="N", help="number of workers, the tasks of a job array (default: 1)")
     parser.switch("--dry-run", "print the commands of --slurm; submit nothing")
     return parser
 
 
 def read_arguments(argv: list[str]) -> argparse.Namespace:
-    """The flags, those for train.py as `common`, None where only a folder is given. Ends with a usage error."""
+    """The flags, those for train.py in `common` (None if only a folder is given). Exits on a usage error."""
     parser = build_parser()
     if len(argv) == 1 and not argv[0].startswith(("-", "@")):
         return argparse.Namespace(runs=Path(argv[0]), common=None)
@@ -74,7 +74,7 @@ def sweep_of(args: argparse.Namespace) -> Sweep:
 
 # ---------------------------------------------------------------------------------------------- what is done
 def show(folder: Path) -> sweep.State:
-    """Print the ranking and how far the sweep is."""
+    """Print the ranking and the sweep's progress."""
     state = sweep.state(folder)
     for search in ranking.searches(collect.collect([folder])):
         header, rows = search.table()
@@ -106,16 +106,16 @@ def work(args: argparse.Namespace, searched: Sweep) -> int:
         print(f"stopped by {signal.Signals(stopped).name}; the same command continues")
         return 128 + stopped
     state = show(args.runs)
-    if state.running:  # in other workers, of which the last reports
+    if state.running:  # in other workers; the last one writes the report
         return 0
     if state.finished + len(state.failed) < state.trials:
-        print("the space holds no further setting")
+        print("the search space has no setting left")
     reported = subprocess.run([sys.executable, str(HERE / "report.py"), str(args.runs)]).returncode == 0
     return 0 if reported and not state.failed else 1
 
 
 def submit(args: argparse.Namespace, searched: Sweep) -> None:
-    """A job for the teacher, where it is not finished, then an array of workers."""
+    """Submit a job for the teacher unless it is finished, then an array of workers."""
 
     def job(name: str, command: list[str]) -> slurm.Job:
         return slurm.Job(name, command, [SimpleNamespace(name=name)])  # noted in the queue under this name

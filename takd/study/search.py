@@ -1,8 +1,8 @@
-"""A worker of a sweep: draws settings by Optuna's TPE and makes trials as processes of train.py.
+"""A worker of a sweep: draws settings with Optuna's TPE and runs trials as processes of train.py.
 
-The only module that imports Optuna, and only workers import it. All that workers share is the sweep's folder. Optuna's
-journal holds which settings were drawn; what trials reached is read from their own records, and whether somebody makes
-one from its claim: the journal tells neither reliably, as workers are killed and network file systems tear its lines.
+This is the only module that imports Optuna, and only workers import it. Workers share the sweep's folder and nothing
+else. Optuna's journal holds the settings drawn. A trial's accuracy is read from its own records, and whether a worker
+has it from its claim: the journal is reliable for neither, as workers are killed and network file systems tear lines.
 """
 
 import contextlib
@@ -30,11 +30,11 @@ from takd.study.runner import exit_reason
 from takd.study.space import Parameter, combinations
 from takd.study.sweep import Setting, Sweep
 
-REDRAWS = 10  # of a setting that was there before: the same setting and seed give the same run
+REDRAWS = 10  # attempts to draw a new setting: the same setting and seed would give the same run
 
 
 class Draws:
-    """The settings drawn so far, in Optuna's journal. To be used under the sweep's lock only."""
+    """The settings drawn so far, in Optuna's journal. Use it under the sweep's lock only."""
 
     def __init__(self, sweep: Sweep) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -50,7 +50,7 @@ class Draws:
         )
 
     def settings(self) -> list[tuple[Setting, FrozenTrial]]:
-        """In the order of drawing, each with the trial that Optuna has of it; a setting drawn again is left out."""
+        """Settings in the order drawn, each with Optuna's trial of it; repeated draws are left out."""
         found: dict[str, tuple[Setting, FrozenTrial]] = {}
         for trial in self.study.get_trials(deepcopy=False):
             if trial.params.keys() == self.space.keys():  # not where a worker was killed while it drew
@@ -59,14 +59,14 @@ class Draws:
         return list(found.values())
 
     def settle(self, trial: FrozenTrial, accuracies: list[float | None]) -> None:
-        """Tell the sampler what a setting's trials reached; None is of one that failed."""
+        """Report the accuracies of a setting's trials to the sampler; None marks a failed one."""
         if None in accuracies:
             self.study.tell(trial.number, state=TrialState.FAIL)
         else:
             self.study.tell(trial.number, sum(filter(None, accuracies)) / len(accuracies))
 
     def draw(self) -> bool:
-        """Draw a setting that was not there before; False where the space holds no other."""
+        """Draw a new setting; False if the space has none left."""
         before = [setting for setting, _ in self.settings()]
         if len(before) == combinations(self.space.values()):
             return False
@@ -76,7 +76,7 @@ class Draws:
                 return True
             self.study.tell(trial, state=TrialState.FAIL)
         while (setting := {key: random.choice(each.values or []) for key, each in self.space.items()}) in before:
-            pass  # only a small space has TPE draw the same again and again
+            pass  # TPE repeats itself like this only in a small space
         self.study.enqueue_trial(setting)
         self.study.ask({key: _distribution(parameter) for key, parameter in self.space.items()})
         return True
@@ -92,7 +92,7 @@ def _distribution(parameter: Parameter) -> Any:
 
 @dataclass
 class Trial:
-    """A trial that this worker holds, and the lock that says so."""
+    """A trial that this worker has claimed, and the lock on it."""
 
     number: int
     setting: Setting
@@ -119,10 +119,10 @@ class Worker:
         if jobs > 1:  # otherwise each would take all cores
             self.environment["OMP_NUM_THREADS"] = threads_each(jobs)
         self.stopped: int | None = None
-        self.refused = ""  # why train.py refuses the trials: the user's error, so the next would end as this one
+        self.refused = ""  # train.py's reason for refusing a trial, a user error: it would refuse the others too
 
     def run(self) -> int | None:
-        """Make the teacher and trials until none is left. Returns the number of the signal that ended it, or None."""
+        """Train the teacher, then trials until none is left. Returns the signal that stopped it, or None."""
         with StopSignals() as self.signals:
             self._make_teacher()
             with self.signals.deferred():
@@ -171,7 +171,7 @@ class Worker:
             trial.claim.close()
 
     def next_trial(self) -> Trial | None:
-        """A trial that is to be continued or begun and that nobody holds; None where there is none."""
+        """A trial to continue or begin that no worker has claimed; None if there is none."""
         sweep, seeds = self.sweep, self.sweep.seeds
         with sweep.lock():
             draws, noted = Draws(sweep), sweep.read()
@@ -192,7 +192,7 @@ class Worker:
                     return None
 
     def _claim(self, number: int) -> tuple[contextlib.ExitStack, int] | None:
-        """The lock on a trial and its file's descriptor; None where another worker has it."""
+        """The lock on a trial and its file's descriptor; None if another worker has it."""
         file, claim = self.sweep.claims / f"{number:03}", contextlib.ExitStack()
         try:
             descriptor = claim.enter_context(files.locked(file, f"trial {number:03}"))
@@ -211,7 +211,7 @@ class Worker:
         return self._start(trial.name, self.sweep.arguments(trial.number, trial.setting, trial.seed), trial.descriptor)
 
     def _start(self, name: str, arguments: list[str], claim: int) -> subprocess.Popen:
-        """train.py, which holds the claim too: should the worker be killed alone, nobody begins the same run."""
+        """Start train.py, which holds the claim too: if only the worker is killed, nobody else begins the same run."""
         command = [*self.train, *arguments]
         with open(self._log(name), "a", encoding="utf-8") as log:
             log.write(f"$ {shlex.join(command)}\n")
@@ -220,7 +220,7 @@ class Worker:
             return subprocess.Popen(command, env=self.environment, pass_fds=(claim,), **options)
 
     def _ended(self, processes: list[subprocess.Popen]) -> subprocess.Popen:
-        """The first of them to end. A signal is passed on to all: they save and end."""
+        """The first of them to end. A signal is forwarded to all: they save and end."""
         while True:
             if self.signals.received and not self.stopped:
                 self.stopped = self.signals.received

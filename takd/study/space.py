@@ -1,4 +1,4 @@
-"""search_space.json: what a search may choose from, in NNI's types."""
+"""search_space.json: the search space, in NNI's format."""
 
 import json
 from collections.abc import Iterable
@@ -23,16 +23,16 @@ FORMS = {  # of _value
 class Parameter:
     """One searched setting: one of `choices`, or a number from `low` to `high`, its logarithm uniform where `log`."""
 
-    form: str  # as the file has it, for people
+    form: str  # as written in the file, for messages
     choices: tuple[Any, ...] = ()
     low: float = 0
     high: float = 0
-    step: float = 0  # what values are multiples of, but for the ends; 0: any
+    step: float = 0  # values are multiples of it, except the ends; 0: any value
     log: bool = False
     whole: bool = False
 
     def value(self, drawn: Any) -> Any:
-        """The setting's value for what was drawn: a number is rounded as NNI does."""
+        """The setting's value for a draw: numbers are rounded as NNI does."""
         if not self.step:
             return drawn
         rounded = min(max(round(drawn / self.step) * self.step, self.low), self.high)
@@ -40,7 +40,7 @@ class Parameter:
 
     @property
     def values(self) -> list[Any] | None:
-        """All of them; None where they are a continuum."""
+        """All possible values; None for a continuum."""
         if self.choices or self.low == self.high:
             return list(self.choices or [self.low])
         if not self.step:
@@ -88,7 +88,7 @@ def _parameter(where: str, kind: Any, values: Any) -> Parameter:
 
 
 def combinations(parameters: Iterable[Parameter]) -> int | None:
-    """How many settings there are; None where they are a continuum."""
+    """The number of settings; None for a continuum."""
     count = 1
     for parameter in parameters:
         if parameter.values is None:

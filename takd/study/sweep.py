@@ -1,13 +1,13 @@
 """A sweep's folder, and the runs that make it.
 
     study.json       the command, the search space, the number of trials, and why trials failed
-    journal.log      Optuna's: which settings were drawn (takd/study/search.py)
-    claims/          a lock a trial, held while a worker makes it
+    journal.log      Optuna's journal of the settings drawn (takd/study/search.py)
+    claims/          a lock per trial, held while a worker runs it
     teacher/         the run that trains the trials' teacher
     trials/NNN/      each trial, a run of train.py like any other
-    logs/            what they printed
+    logs/            their output
 
-A setting is made once for each seed of the space, and each of these runs is a trial, as NNI counts them.
+A setting is trained once with each seed of the space; each of these runs is a trial, as in NNI.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ Setting = dict[str, Any]  # {searched setting: value}
 
 
 class Sweep:
-    """`common` is what train.py is given in every trial; all that can be wrong with it or the space is found here."""
+    """`common` are train.py's settings in every trial; errors in them or in the space are found here."""
 
     def __init__(
         self, folder: Path, space: Mapping[str, Parameter], seeds: Sequence[int | None], common: dict[str, Any]
@@ -50,7 +50,7 @@ class Sweep:
 
     # ------------------------------------------------------------------------------------------ what is to be made
     def record(self, trials: int) -> None:
-        """Note the sweep in its folder, or find it there; another one is a UserError. `trials` never becomes fewer."""
+        """Record the sweep in its folder; a different one there is a UserError. `trials` never decreases."""
         now = self.base.identity() | {"teacher_checkpoint": self._given_teacher}
         now |= {key: parameter.form for key, parameter in self.space.items()}
         if self.seeds != [None]:
@@ -69,7 +69,7 @@ class Sweep:
         return read(self.folder)
 
     def lock(self) -> Any:
-        """Held while a worker looks for a trial: one at a time, so that no trial is taken twice."""
+        """Held while a worker looks for a trial, so that no trial is taken twice."""
         return files.locked(self.claims / ".lock", str(self.folder), wait=True)
 
     def trial(self, number: int) -> RunDirectory:
@@ -93,7 +93,7 @@ class Sweep:
 
     # ------------------------------------------------------------------------------------------ what there is of it
     def accuracy(self, number: int) -> float | None:
-        """Of a finished trial, in percent, on the split that its best epoch is chosen on."""
+        """Best accuracy of a finished trial, in percent, on the split that selects the epoch."""
         summary = self.trial(number).read(self.trial(number).summary_file)
         return summary and summary["best"]["accuracy_percent"]
 
@@ -107,12 +107,12 @@ def read(folder: Path) -> dict[str, Any]:
     """A sweep's study.json."""
     contents = RunDirectory(folder).read(folder / STUDY_FILE)
     if not isinstance(contents, dict) or "sweep" not in contents:
-        raise UserError(f"{folder} holds no sweep; sweep.py --runs {folder} and what it is to search makes one")
+        raise UserError(f"{folder} holds no sweep; start one with sweep.py --runs {folder} and train.py's flags")
     return contents
 
 
 class State(NamedTuple):
-    """How far a sweep is: numbers of trials, and {failed trial: why}."""
+    """A sweep's progress: numbers of trials, and {failed trial: reason}."""
 
     finished: int
     running: int
