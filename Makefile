@@ -20,7 +20,7 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: test
-	$(BIN)/python -m pytest -rs -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -rs -m slow
 	rm -rf .without-cpu && mkdir .without-cpu
 	git ls-files -z ':!takd/cpu' | xargs -0 tar cf - | tar xf - -C .without-cpu
 	cd .without-cpu && ../$(BIN)/python -m pytest -n 2 -m "not slow"

@@ -15,7 +15,7 @@ from takd.run.distributed import part_of
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 QUIET = ("--learning-rate", "0.001")  # small steps do not magnify rounding
-SMALL = (*QUIET, "--epochs", "3", "--batch-size", "48")
+SMALL = (*QUIET, "--epochs", "8", "--batch-size", "48")
 
 
 @pytest.fixture
