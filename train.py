@@ -251,6 +251,8 @@ def assemble(config: RunConfig, train: Split, teacher: Teacher | None, precision
     method = methods.CrossEntropy()
     if teacher:
         method = build_method(config, student, teacher.exact, train, teacher.transform)
+    if config.label_smoothing:
+        method.label_smoothing = config.label_smoothing
     method.to(train.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
         [*student.parameters(), *method.parameters()],

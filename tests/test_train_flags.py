@@ -35,6 +35,7 @@ TRAINING_FLAGS = {
     "--momentum": (["0.5"], 0.5),
     "--no-nesterov": ([], False),
     "--weight-decay": (["0.01"], 0.01),
+    "--label-smoothing": (["0.1"], 0.1),
     "--seed": (["0"], 0),
     "--precision": (["bf16"], "bf16"),
     "--image-size": (["40"], 40),
@@ -44,6 +45,8 @@ SETTINGS = {"--model": "student", "--no-nesterov": "nesterov"}
 # {flag: the test of its own}; those elsewhere by "file: test".
 OTHER_FLAGS = {
     "--learning-rate-decay": "test_learning_rate_decay",
+    "--schedule": "test_schedule_and_warmup_epochs",
+    "--warmup-epochs": "test_schedule_and_warmup_epochs",
     "--nesterov": "test_nesterov",
     "--dataset": "test_dataset_and_dataset_dir",
     "--dataset-dir": "test_dataset_and_dataset_dir",
@@ -100,6 +103,16 @@ def test_learning_rate_decay(tmp_path, call, tiny):
     command = (*tiny, "--milestones", "0", "--learning-rate-decay", "0.5", "--run-dir", tmp_path)
     assert call(train, *command).status == 0
     assert read_lines(tmp_path / "metrics.jsonl")[0]["learning_rate"] == pytest.approx(0.005)
+
+
+def test_schedule_and_warmup_epochs(tmp_path, call, tiny):
+    """The rates of the epochs; without the flags the folder holds another run."""
+    command = (*tiny, "--train-images", "100", "--epochs", "3", "--run-dir", tmp_path)
+    assert call(train, *command, "--schedule", "cosine", "--warmup-epochs", "1").status == 0
+    rates = [line["learning_rate"] for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert rates == pytest.approx([0.01 / 3, 0.01, 0.005])
+    other = call(train, *command)
+    assert other.status == 2 and 'schedule "cosine" there, null now, warmup_epochs 1 there, null now' in other.err
 
 
 def test_nesterov(tmp_path, call, tiny):

@@ -50,6 +50,13 @@ class Parser(argparse.ArgumentParser):
         action = self.group.add_argument(spelling, dest=dest, action="store_const", const=on, default=None, help=help)
         self.actions.setdefault(dest, action)
 
+    def value(self, key: str, text: str) -> Any:
+        """A setting's value from one word, as its flag would convert it. Raises ArgumentTypeError."""
+        action: Any = self.actions[key]
+        if action.choices and text not in action.choices:
+            raise argparse.ArgumentTypeError(f"'{text}' is not {' or '.join(action.choices)}")
+        return action.type(text) if action.type else text
+
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
         try:
             return shlex.split(arg_line, comments=True)
@@ -249,21 +256,7 @@ def train_parser(description: str = "") -> Parser:
                               help="list the methods and their options")
     flag("--teacher-cache", choices=("auto", "live", "lazy", "full"), default="auto",
          help="the teacher's logits: computed for every batch (live), or kept in a table, filled lazily or in full")
-    section("optimisation (settings not given come from the recipe)")
-    flag("--recipe", choices=tuple(recipes.RECIPES), default="paper", help="see docs/recipes.md")
-    flag("--epochs", type=whole, metavar="N", help="passes over the training images (recipe paper: 160)")
-    flag("--batch-size", type=whole, metavar="N", help="images per step, over all GPUs (recipe paper: 128)")
-    flag("--learning-rate", type=positive, metavar="RATE", help="learning rate of the first epoch")
-    flag("--milestones", type=number(int, minimum=0), nargs="*", metavar="EPOCH", help="epochs at which it decays")
-    flag("--learning-rate-decay", type=positive, metavar="F", help="its factor at each milestone")
-    flag("--momentum", type=number(float, minimum=0, below=1), metavar="M", help="momentum of SGD")
-    switch("--nesterov", "Nesterov momentum")
-    switch("--no-nesterov", "plain momentum")
-    flag("--weight-decay", type=number(float, minimum=0), metavar="W", help="L2 penalty of SGD")
-    flag("--seed", type=number(int, minimum=0, maximum=2**63 - 1), default=DEFAULT_SEED, metavar="N",
-         help="seed of initialisation, order and augmentation")
-    flag("--repeat", type=whole, metavar="N",
-         help="N runs with consecutive seeds from --seed and one teacher, each in its own folder; prints their mean")
+    optimisation_flags(parser)
     section("machine")
     flag("--cuda", type=cuda, metavar="N", help="GPUs: 1 or yes, 0 or no, or a number, one process each "
          "(default: a GPU if there is one); under torchrun: 0, or a GPU for each of its processes")
@@ -278,6 +271,32 @@ def train_parser(description: str = "") -> Parser:
          help="minutes between saves within an epoch; its end and SIGTERM, SIGINT, SIGUSR1 save too")
     switch("--json", "print the summary as JSON; other lines go to standard error")
     return parser
+
+
+def optimisation_flags(parser: Parser) -> None:
+    """Those of the recipe, and the seed."""
+    flag, switch, whole, positive = parser.flag, parser.switch, number(int, minimum=1), number(float, above=0)
+    parser.section("optimisation (settings not given come from the recipe)")
+    flag("--recipe", choices=tuple(recipes.RECIPES), default="paper", help="see docs/recipes.md")
+    flag("--epochs", type=whole, metavar="N", help="passes over the training images (recipe paper: 160)")
+    flag("--batch-size", type=whole, metavar="N", help="images per step, over all GPUs (recipe paper: 128)")
+    flag("--learning-rate", type=positive, metavar="RATE", help="learning rate of the first epoch")
+    flag("--schedule", choices=("steps", "cosine"), help="of the learning rate: decay at the milestones (the default), "
+         "or to 0 along a cosine")
+    flag("--warmup-epochs", type=number(int, minimum=0), metavar="N",
+         help="epochs in which the rate grows linearly from a third (default: 0)")
+    flag("--milestones", type=number(int, minimum=0), nargs="*", metavar="EPOCH", help="epochs at which it decays")
+    flag("--learning-rate-decay", type=positive, metavar="F", help="its factor at each milestone")
+    flag("--momentum", type=number(float, minimum=0, below=1), metavar="M", help="momentum of SGD")
+    switch("--nesterov", "Nesterov momentum")
+    switch("--no-nesterov", "plain momentum")
+    flag("--weight-decay", type=number(float, minimum=0), metavar="W", help="L2 penalty of SGD")
+    flag("--label-smoothing", type=number(float, minimum=0, below=1), metavar="E",
+         help="share of the labels' weight that is spread over all classes, in cross-entropy (default: 0)")
+    flag("--seed", type=number(int, minimum=0, maximum=2**63 - 1), default=DEFAULT_SEED, metavar="N",
+         help="seed of initialisation, order and augmentation")
+    flag("--repeat", type=whole, metavar="N",
+         help="N runs with consecutive seeds from --seed and one teacher, each in its own folder; prints their mean")
 
 
 def slurm_flags(parser: Parser) -> None:

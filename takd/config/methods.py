@@ -47,6 +47,7 @@ class Method:
     source: str
     options: Mapping[str, Option] = field(default_factory=dict)
     data_parallel: bool = True  # whether processes can share a batch: whether the loss is a mean over images
+    label_smoothing: bool = True  # whether its cross-entropy heeds --label-smoothing
 
 
 # fmt: off
@@ -150,7 +151,7 @@ def find(name: str) -> Method:
             fix = "options come after a *, and only student, teacher and labels before it"
             raise UserError(f"--method {name}: its constructor requires {key}; {fix}")
     together = getattr(method_class, "needs_index", False) or getattr(method_class, "one_process", False)
-    return Method("", "", options, data_parallel=not together)
+    return Method("", "", options, not together, hasattr(method_class, "label_smoothing"))
 
 
 def help_methods() -> str:

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from takd.config import names
+from takd.config import names, recipes
 from takd.errors import UserError
 
 # The released code's search-space keys, and shorter ones, with our settings' names.
 OLD_KEYS = {"T_student": "temperature", "lambda_student": "lambda"}
-PARAMETERS = OLD_KEYS | {"T": "temperature", "lambda": "lambda", "seed": "seed"}
+PARAMETERS = OLD_KEYS | {"T": "temperature", "lambda": "lambda", "seed": "seed"} | {key: key for key in recipes.OFF}
 TYPES = "choice randint uniform quniform loguniform qloguniform normal qnormal lognormal qlognormal".split()  # NNI's
 
 

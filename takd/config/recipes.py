@@ -33,6 +33,9 @@ class Recipe:
     method_options: dict[str, dict[str, Any]] = field(default_factory=dict)  # {method: {option: value}}
 
 
+# Settings that no recipe changes and a run has only where they differ: config.json is then an earlier version's too.
+OFF = {"schedule": "steps", "warmup_epochs": 0, "label_smoothing": 0.0}
+
 # fmt: off
 RELEASED: dict[str, Any] = {
     "nesterov": False, "augment": "none", "precision": "fp32", "round_down": True,
@@ -74,6 +77,21 @@ def milestone_epochs(recipe: Recipe, epochs: int) -> list[int]:
     return [(math.floor if recipe.round_down else math.ceil)(fraction * epochs) for fraction in recipe.milestones]
 
 
-def learning_rate_at(epoch: int, learning_rate: float, milestones: Sequence[int], decay: float) -> float:
-    """The rate of one epoch, counted from 0. Stateless: a continued run has no scheduler to restore."""
-    return learning_rate * decay ** sum(epoch >= milestone for milestone in milestones)
+def learning_rate_at(
+    epoch: int,
+    learning_rate: float,
+    milestones: Sequence[int],
+    decay: float,
+    cosine_epochs: int | None = None,
+    warmup_epochs: int = 0,
+) -> float:
+    """The rate of one epoch, counted from 0. Stateless: a continued run has no scheduler to restore.
+
+    As of PyTorch's schedulers, stepped once an epoch: MultiStepLR, times LinearLR (from a third of the rate, its
+    default) in the warm-up; or, in a run of `cosine_epochs`, LinearLR and after it CosineAnnealingLR down to 0.
+    """
+    if cosine_epochs and epoch >= warmup_epochs:
+        progress = (epoch - warmup_epochs) / (cosine_epochs - warmup_epochs)
+        return learning_rate * (1 + math.cos(math.pi * progress)) / 2
+    rate = learning_rate * decay ** sum(epoch >= milestone for milestone in milestones)
+    return rate * (1 + 2 * epoch / warmup_epochs) / 3 if epoch < warmup_epochs else rate

@@ -29,6 +29,7 @@ INCIDENTAL = (
     "teacher_checkpoint", "teacher_cache", "dataset_dir", "download", "workers", "cuda", "cuda_graph", "run_dir",
     "save_minutes", "json",
 )
+DIGESTS = ("images", "teacher_weights")  # known only when the files are read
 MEASURED = ("dataset", "image_size", "batch_size", "precision", "cuda", "cuda_graph")  # what --measure depends on
 UNRECORDED = ("device", "repeat", "measure", "origins")  # config.json has origins separately
 DERIVED = ("recipe", "default of", "data set", "resolved", "its")  # beginnings of the origins of values not given
@@ -58,6 +59,9 @@ class RunConfig:
     image_size: int | None = None  # None: the data set's usual one
     train_images: int | None = None
     pretrained: bool | None = None
+    schedule: str | None = None  # "cosine"; None: steps, at the milestones
+    warmup_epochs: int | None = None
+    label_smoothing: float | None = None
     trial: str | None = None  # NNI's
     # With a teacher:
     teacher: str | None = None
@@ -94,7 +98,13 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """The settings that determine the outcome: another identity is another run, in another folder."""
-        return {key: value for key, value in self.record().items() if key not in INCIDENTAL}
+        return settings_of(self.record())
+
+    def learning_rate_at(self, epoch: int) -> float:
+        """The rate of one epoch, counted from 0."""
+        steps = self.learning_rate, self.milestones, self.learning_rate_decay
+        cosine_epochs = self.epochs if self.schedule == "cosine" else None
+        return recipes.learning_rate_at(epoch, *steps, cosine_epochs, self.warmup_epochs or 0)
 
     def replace(self, origin: str | None = None, **changes: Any) -> "RunConfig":
         """A copy with other values; `origin` is recorded as their origin."""
@@ -148,6 +158,12 @@ class RunConfig:
         return self.run_path / f"{names.file_name(self.student)}_{self.trial or f'seed{self.seed}'}_best.pth.tar"
 
 
+def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what config.json has, the settings that determine the outcome."""
+    fields = {key.rstrip("_") for key in RunConfig.__dataclass_fields__} - {*INCIDENTAL, *UNRECORDED}
+    return {key: value for key, value in record.items() if key in fields and value is not None}
+
+
 def command(record: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
     """The arguments of train.py that make a run again, from what config.json has of it: settings that were given, by a
     tuner too, and where its data and its teacher are."""
@@ -192,7 +208,6 @@ def proposed_settings(parser: flags.Parser, given: Mapping[str, Any], proposal: 
     for key, value in proposal.items():
         whole = isinstance(value, float) and value.is_integer()  # some samplers give 20 as 20.0
         text, (method, dot, option) = str(int(value) if whole else value), key.rpartition(".")
-        convert: Any = None if dot else parser.actions[key].type
         if key in given:
             raise UserError(f"--{key} is given and also proposed by the tuner; remove one of them")
         if dot and method != (used := given.get("method", parser.defaults["method"])):
@@ -202,7 +217,7 @@ def proposed_settings(parser: flags.Parser, given: Mapping[str, Any], proposal: 
                 words = settings.setdefault("method_option", list(given.get("method_option", ())))
                 words.append(f"{option}={text}")
             else:
-                settings[key] = convert(text)
+                settings[key] = parser.value(key, text)
         except argparse.ArgumentTypeError as error:
             raise UserError(f"the tuner proposes {key} {value}: {error}; correct search_space.json") from None
     return settings
@@ -235,6 +250,9 @@ def _check_combinations(given: Mapping[str, Any], origins: Mapping[str, str]) ->
         raise UserError("--workers needs --augment rotate-crop-flip: every other augmentation runs in the step itself")
     if random and cache not in ("auto", "live"):
         raise UserError(f"--teacher-cache {cache}: random augmentation ({augment}) cannot be cached; use live")
+    for key in ("milestones", "learning_rate_decay"):
+        if key in given and given.get("schedule") == "cosine":
+            raise UserError(f"--{key.replace('_', '-')} has no effect with --schedule cosine; leave it out")
     if given.get("nesterov") and given.get("momentum") == 0:
         raise UserError("--nesterov needs a --momentum above 0")
 
@@ -270,17 +288,21 @@ def resolve(given: Mapping[str, Any], origins: Mapping[str, str]) -> RunConfig:
     """Every setting of a run, from the given ones and the recipe."""
     auto = [key for key in ("augment", "precision") if given.get(key) == "auto"]
     data, network = names.DATASETS[given["dataset"]], given["student"]
-    usual = ["image_size"] if given.get("image_size") == data.image_size else []  # the same run as without the flag
-    settings = {key: value for key, value in given.items() if key not in (*auto, *usual)}
+    usual = {"image_size": data.image_size} | recipes.OFF  # given, they make the same run as without the flag
+    settings = {key: value for key, value in given.items() if key not in auto and value != usual.get(key)}
     origins = {key: origins[key] for key in settings}
     recipe = recipes.recipe(given["recipe"], network)
     derived = dataclasses.asdict(recipe)
     derived["milestones"] = recipes.milestone_epochs(recipe, given.get("epochs", recipe.epochs))
     if settings.get("momentum") == 0:
         derived["nesterov"] = False
+    if settings.get("schedule"):
+        settings["milestones"], origins["milestones"] = [], "its schedule"
     for key, value in derived.items():
         if key in RunConfig.__dataclass_fields__ and key not in (*settings, "method_options") and value is not None:
             settings[key], origins[key] = value, f"recipe {given['recipe']}"
+    if (warmup := settings.get("warmup_epochs", 0)) >= settings["epochs"]:
+        raise UserError(f"--warmup-epochs {warmup}: fewer than the run's {settings['epochs']} epochs are allowed")
     if origins["augment"].startswith("recipe") and not data.flips:
         settings["augment"], origins["augment"] = "none", f"data set {given['dataset']}"
     if "teacher" in settings:
@@ -296,7 +318,11 @@ def resolve(given: Mapping[str, Any], origins: Mapping[str, str]) -> RunConfig:
 
 def _resolve_method(settings: dict[str, Any], origins: dict[str, str], recipe: recipes.Recipe) -> None:
     """All options of the method; given values override the recipe's, which override the method's defaults."""
-    name, known = settings["method"], methods.find(settings["method"]).options
+    name, method = settings["method"], methods.find(settings["method"])
+    if "label_smoothing" in settings and not method.label_smoothing:
+        fix = "give its class a label_smoothing (docs/adding_a_method.md)"
+        raise UserError(f"--label-smoothing has no effect on --method {name}; {fix}, or leave it out")
+    known = method.options
     chosen, from_recipe = _given_options(settings, known), recipe.method_options.get(name, {})
     options = {key: option.default for key, option in known.items()} | from_recipe | chosen
     settings["method_options"], origins["method_options"] = options, origins.get("method_option", "resolved")

@@ -45,27 +45,43 @@ class Features(NamedTuple):
 Parts = dict[str, Tensor]
 
 
-def total(student: Features, labels: Tensor, ce_weight: float = 1.0, **terms: tuple[float | Tensor, Tensor]) -> Parts:
+def total(
+    student: Features,
+    labels: Tensor,
+    ce_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    **terms: tuple[float | Tensor, Tensor],
+) -> Parts:
     """What a method returns: `loss`, ce_weight times cross-entropy plus every weight times its term, `ce`, and the
     terms by name.
 
     terms: name=(weight, value).
     """
-    ce = F.cross_entropy(student.logits.float(), labels)
+    ce = F.cross_entropy(student.logits.float(), labels, label_smoothing=label_smoothing)
     loss = ce_weight * ce + sum(weight * value for weight, value in terms.values())
     return {"loss": loss, "ce": ce} | {name: value for name, (_, value) in terms.items()}
 
 
-class CrossEntropy(nn.Module):
+class Method(nn.Module):
+    """What the classes below share: cross-entropy with smoothed labels."""
+
+    label_smoothing = 0.0  # a run sets its own
+
+    def total(self, student: Features, labels: Tensor, ce_weight: float = 1.0, **terms: Any) -> Parts:
+        return total(student, labels, ce_weight, self.label_smoothing, **terms)
+
+
+class CrossEntropy(Method):
     """L = CE: ordinary training with the labels, the paper's NOKD; a teacher, if there is one, is not used."""
 
     needs_features = False
 
     def forward(self, student: Features, teacher: Features | None, labels: Tensor) -> Parts:
-        return {"loss": F.cross_entropy(student.logits.float(), labels)}
+        ce = F.cross_entropy(student.logits.float(), labels, label_smoothing=self.label_smoothing)
+        return {"loss": ce}
 
 
-class KD(nn.Module):
+class KD(Method):
     """L = (1 - lambda) CE + lambda T^2 KL(teacher || student): eq. 3 of Mirzadeh et al., AAAI 2020."""
 
     needs_features = False
@@ -76,10 +92,10 @@ class KD(nn.Module):
 
     def forward(self, student: Features, teacher: Features, labels: Tensor) -> Parts:
         kd = losses.distillation_kl(student.logits, teacher.logits, self.temperature, self.reduction)
-        return total(student, labels, 1 - self.lambda_, kd=(self.lambda_, kd))
+        return self.total(student, labels, 1 - self.lambda_, kd=(self.lambda_, kd))
 
 
-class Logit(nn.Module):
+class Logit(Method):
     """L = ce_weight CE + weight MSE(logits): Ba and Caruana, NIPS 2014."""
 
     needs_features = False
@@ -90,10 +106,10 @@ class Logit(nn.Module):
 
     def forward(self, student: Features, teacher: Features, labels: Tensor) -> Parts:
         difference = F.mse_loss(student.logits.float(), teacher.logits.float())
-        return total(student, labels, self.ce_weight, logit=(self.weight, difference))
+        return self.total(student, labels, self.ce_weight, logit=(self.weight, difference))
 
 
-class ST(nn.Module):
+class ST(Method):
     """L = CE + alpha T^2 KL(teacher || student): soft targets, Hinton et al., 2015."""
 
     needs_features = False
@@ -104,10 +120,10 @@ class ST(nn.Module):
 
     def forward(self, student: Features, teacher: Features, labels: Tensor) -> Parts:
         st = losses.distillation_kl(student.logits, teacher.logits, self.temperature)
-        return total(student, labels, st=(self.alpha, st))
+        return self.total(student, labels, st=(self.alpha, st))
 
 
-class AT(nn.Module):
+class AT(Method):
     """L = CE + beta sum over stages of MSE(attention maps): attention transfer, Zagoruyko and Komodakis, ICLR 2017.
 
     Over the last three stages, or as many as both have; the larger of two maps is average-pooled.
@@ -126,10 +142,10 @@ class AT(nn.Module):
         return sum(others, first)
 
     def forward(self, student: Features, teacher: Features, labels: Tensor) -> Parts:
-        return total(student, labels, at=(self.beta, self.distance(student, teacher)))
+        return self.total(student, labels, at=(self.beta, self.distance(student, teacher)))
 
 
-class ATST(nn.Module):
+class ATST(Method):
     """L = CE + beta sum over stages of MSE(attention maps) + alpha T^2 KL(teacher || student): AT and ST together."""
 
     needs_features = True
@@ -140,10 +156,10 @@ class ATST(nn.Module):
 
     def forward(self, student: Features, teacher: Features, labels: Tensor) -> Parts:
         st = losses.distillation_kl(student.logits, teacher.logits, self.temperature)
-        return total(student, labels, at=(self.beta, AT.distance(student, teacher)), st=(self.alpha, st))
+        return self.total(student, labels, at=(self.beta, AT.distance(student, teacher)), st=(self.alpha, st))
 
 
-class FSP(nn.Module):
+class FSP(Method):
     """L = CE + beta mean over neighbouring stages of MSE(G), G = F1 F2^T / (h w): flow between stages, Yim et al., CVPR
     2017.
 
@@ -166,10 +182,10 @@ class FSP(nn.Module):
         pairs = range(self.count - 1)
         flows = [(losses.flow(ours[i], ours[i + 1]), losses.flow(theirs[i], theirs[i + 1])) for i in pairs]
         first, *others = (F.mse_loss(*pair) for pair in flows)
-        return total(student, labels, fsp=(self.beta, sum(others, first) / len(pairs)))
+        return self.total(student, labels, fsp=(self.beta, sum(others, first) / len(pairs)))
 
 
-class FitNet(nn.Module):
+class FitNet(Method):
     """L = CE + beta MSE(r(F_s), F_t) of one stage: hints, Romero et al., ICLR 2015, in one stage as in Tian et al.,
     ICLR 2020.
 
@@ -190,10 +206,10 @@ class FitNet(nn.Module):
     def forward(self, student: Features, teacher: Features, labels: Tensor) -> Parts:
         regressed = self.regressor(student.stages[-self.hint].float())
         ours, theirs = losses.same_size(regressed, teacher.stages[-self.hint])
-        return total(student, labels, fitnet=(self.beta, F.mse_loss(ours, theirs)))
+        return self.total(student, labels, fitnet=(self.beta, F.mse_loss(ours, theirs)))
 
 
-class SP(nn.Module):
+class SP(Method):
     """L = CE + beta MSE(similarities of the batch's images) at the last stage: Tung and Mori, ICCV 2019."""
 
     needs_features, one_process = True, True
@@ -203,12 +219,12 @@ class SP(nn.Module):
         self.beta = beta
 
     def forward(self, student: Features, teacher: Features, labels: Tensor) -> Parts:
-        return total(
+        return self.total(
             student, labels, sp=(self.beta, losses.similarity_distance(student.stages[-1], teacher.stages[-1]))
         )
 
 
-class RKD(nn.Module):
+class RKD(Method):
     """L = CE + beta (distance D + angle A), Huber losses of the relations in a batch: relational KD, Park et al., CVPR
     2019.
 
@@ -224,12 +240,12 @@ class RKD(nn.Module):
     def forward(self, student: Features, teacher: Features, labels: Tensor) -> Parts:
         ours, theirs = losses.relations(student.pooled), losses.relations(teacher.pooled)
         distance, angle = (F.smooth_l1_loss(*pair) for pair in zip(ours, theirs, strict=True))
-        return total(
+        return self.total(
             student, labels, distance=(self.beta * self.distance, distance), angle=(self.beta * self.angle, angle)
         )
 
 
-class PKT(nn.Module):
+class PKT(Method):
     """L = CE + beta KL(image similarities as probabilities), of pooled vectors: Passalis and Tefas, ECCV 2018."""
 
     needs_features, one_process = True, True
@@ -239,10 +255,10 @@ class PKT(nn.Module):
         self.beta = beta
 
     def forward(self, student: Features, teacher: Features, labels: Tensor) -> Parts:
-        return total(student, labels, pkt=(self.beta, losses.probability_distance(student.pooled, teacher.pooled)))
+        return self.total(student, labels, pkt=(self.beta, losses.probability_distance(student.pooled, teacher.pooled)))
 
 
-class CRD(nn.Module):
+class CRD(Method):
     """L = CE + beta (NCE of the student + NCE of the teacher): contrastive representation distillation, Tian et al.,
     ICLR 2020.
 
@@ -296,10 +312,10 @@ class CRD(nn.Module):
         of_student, of_teacher = (score / scale for score, scale in zip(scores, self.scales.clone(), strict=True))
         crd = losses.contrastive_nce(of_student, images) + losses.contrastive_nce(of_teacher, images)
         self.banks.index_copy_(1, index, F.normalize(self.banks[:, index].lerp(vectors, 1 - self.momentum), dim=2))
-        return total(student, labels, crd=(self.beta, crd))
+        return self.total(student, labels, crd=(self.beta, crd))
 
 
-class DKD(nn.Module):
+class DKD(Method):
     """L = CE + w (alpha target-class KL + beta other-classes KL), both times T^2: decoupled KD, Zhao et al., CVPR 2022,
     eq. 7.
 
@@ -323,10 +339,10 @@ class DKD(nn.Module):
 
     def forward(self, student: Features, teacher: Features, labels: Tensor) -> Parts:
         target, others = losses.decoupled_kl(student.logits, teacher.logits, labels, self.temperature)
-        return total(student, labels, target=(self.weights[0], target), others=(self.weights[1], others))
+        return self.total(student, labels, target=(self.weights[0], target), others=(self.weights[1], others))
 
 
-class LSKD(nn.Module):
+class LSKD(Method):
     """L = ce_weight CE + weight T^2 KL(Z(teacher) || Z(student)), Z standardised: Sun et al., CVPR 2024, on KD."""
 
     needs_features = False
@@ -337,7 +353,9 @@ class LSKD(nn.Module):
 
     def forward(self, student: Features, teacher: Features, labels: Tensor) -> Parts:
         pair = losses.standardised(student.logits), losses.standardised(teacher.logits)
-        return total(student, labels, self.ce_weight, kd=(self.weight, losses.distillation_kl(*pair, self.temperature)))
+        return self.total(
+            student, labels, self.ce_weight, kd=(self.weight, losses.distillation_kl(*pair, self.temperature))
+        )
 
 
 METHODS: dict[str, type[nn.Module]] = {

@@ -65,10 +65,13 @@ def setup_lines(config: RunConfig, hardware: str, student: Any) -> Iterator[str]
         yield f"method    {config.method}{source}{f' ({options})' * bool(options)}"
     milestones = " ".join(map(str, config.milestones))
     decay = f" x{config.learning_rate_decay:g} at {milestones}" if milestones else ""
+    decay += f" to 0 along a {config.schedule}" if config.schedule else ""
+    decay += f" after a warm-up of {config.warmup_epochs}" if config.warmup_epochs else ""
+    smoothing = f"label smoothing {config.label_smoothing:g}, " if config.label_smoothing else ""
     yield (
         f"recipe    {config.recipe}: {config.epochs} epochs, batch size {config.batch_size}, learning rate "
         f"{config.learning_rate:g}{decay}, momentum {config.momentum:g}{' (Nesterov)' * config.nesterov}, "
-        f"weight decay {config.weight_decay:g}, augmentation {config.augment}, seed {config.seed}"
+        f"weight decay {config.weight_decay:g}, {smoothing}augmentation {config.augment}, seed {config.seed}"
     )
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from takd import files
+from takd.config.run_config import DIGESTS, settings_of
 from takd.errors import UserError
 
 Record = dict[str, Any]
@@ -55,7 +56,8 @@ class RunDirectory:
                 if not (self.path / "teacher").is_dir():
                     raise UserError(f"{self.path} holds files but no run; give a new or empty folder with --run-dir")
             return None
-        if changes := differences({key: recorded.get(key) for key in identity}, identity):
+        there = {key: value for key, value in settings_of(recorded).items() if key in identity or key not in DIGESTS}
+        if changes := differences(there, identity):
             raise UserError(f"{self.path} holds another run ({changes}); give another --run-dir or delete that folder")
         return recorded
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from takd.config import nni_trial, recipes
+from takd.config import nni_trial
 from takd.config.run_config import RunConfig
 from takd.distill import evaluation
 from takd.images.batches import batches, usual_workers
@@ -80,7 +80,7 @@ class Trainer:
         if hasattr(type(step.method), "epoch"):
             step.method.epoch = epoch
         for group in step.optimizer.param_groups:
-            group["lr"] = self.learning_rate(epoch)
+            group["lr"] = config.learning_rate_at(epoch)
         step.student.train()
         plan = epoch_plan(train, config.augment, config.seed, epoch)
         parts = self.world.parts(len(train), config.batch_size, self.steps_done)
@@ -128,13 +128,9 @@ class Trainer:
         self.console.say(f"stopped at epoch {self.epoch}, step {self.steps_done}; the same command continues")
         raise Stopped(number)
 
-    def learning_rate(self, epoch: int) -> float:
-        config = self.config
-        return recipes.learning_rate_at(epoch, config.learning_rate, config.milestones, config.learning_rate_decay)
-
     def evaluate(self, epoch: int) -> Record:
         """The epoch's line for metrics.jsonl. Evaluation is always float32, so that evaluate.py agrees."""
-        started, rate = time.perf_counter(), self.learning_rate(epoch)
+        started, rate = time.perf_counter(), self.config.learning_rate_at(epoch)
         try:
             record = {"epoch": epoch, "learning_rate": rate, **self.sums.summary()}
             for name in ("validation", "test"):

@@ -42,7 +42,10 @@ def recipe_of(group: Group) -> str:
     config = group.config
     recipe = recipes.recipe(config["recipe"], group.path[-1])
     usual = dataclasses.asdict(recipe) | {"milestones": recipes.milestone_epochs(recipe, config["epochs"])}
+    usual |= recipes.OFF
     del usual["epochs"], usual["method_options"]  # shown apart
+    if config.get("schedule"):
+        del usual["milestones"]
     if not names.DATASETS[config["dataset"]].flips:
         usual["augment"] = "none"
     changed = {key: config[key] for key, value in usual.items() if key in config and config[key] != value}

@@ -231,7 +231,9 @@ def test_a_users_class_with_a_table_of_options(own, name):
 def test_a_users_class_without_a_table_has_its_keyword_only_arguments_as_options(own):
     row = methods.find(f"{own}:Defaults")
     defaults = {"temperature": 3.0, "lambda": 0.25, "sharp": False, "kind": "soft", "size": 4}
-    assert row == methods.Method("", "", {key: methods.Option(value) for key, value in defaults.items()})
+    assert row == methods.Method(
+        "", "", {key: methods.Option(value) for key, value in defaults.items()}, label_smoothing=False
+    )
     config = parse("--method", f"{own}:Defaults", "--method-option", "sharp=yes", "kind=hard", "size=7")
     assert config.method_options == defaults | {"sharp": True, "kind": "hard", "size": 7}
     assert (config.temperature, config.origins["temperature"]) == (3.0, f"default of {own}:Defaults")

@@ -70,11 +70,15 @@ def module_that_raises(folder, name, error):
 
 # ------------------------------------------------------------------------------------------------ refused
 REFUSED = {
-    "unknown": ({"T_student": 4, "alpha": 0.5}, ["alpha", "T_student lambda_student T lambda seed"]),
+    "unknown": (
+        {"T_student": 4, "alpha": 0.5},
+        ["alpha", "T_student lambda_student T lambda seed schedule warmup_epochs label_smoothing"],
+    ),
     "twice": ({"T_student": 4, "T": 4}, ["temperature", "T_student T"]),
     "bounds": ({"T_student": 0}, ["temperature 0", "above 0"]),
     "share": ({"lambda_student": 1.5}, ["lambda 1.5", "at most 1"]),
     "whole": ({"seed": 20.5}, ["seed 20.5", "whole"]),
+    "word": ({"schedule": "cos"}, ["schedule cos", "'cos' is not steps or cosine"]),
     "given": ({"T": 4, "lambda": 0.5}, ["--lambda", "also proposed by the tuner"]),
     "method": ({"dkd.beta": 8}, ["dkd.beta", "the method is kd; add --method dkd"]),
     "option": ({"kd.beta": 8}, ["method kd has no option 'beta'", "options of kd: temperature lambda"]),

@@ -5,6 +5,7 @@ import torch
 from conftest import same_weights
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import lr_scheduler
 
 import data_loader
 import model_factory
@@ -19,10 +20,7 @@ def parse(*argv):
 
 
 def rates(config):
-    return [
-        recipes.learning_rate_at(epoch, config.learning_rate, config.milestones, config.learning_rate_decay)
-        for epoch in range(config.epochs)
-    ]
+    return [config.learning_rate_at(epoch) for epoch in range(config.epochs)]
 
 
 def optimiser(config):
@@ -109,6 +107,46 @@ def test_cifar200_trains_from_that_initialisation():
     model_factory.kaiming_xavier(expected)
     student = train.assemble(config, data_loader.random_split("digits"), None, "fp32", None).student
     assert same_weights(student.state_dict(), expected.state_dict())
+
+
+# ------------------------------------------------------------------------- schedules that no recipe has
+def pytorchs(config):
+    """The rates of PyTorch's own schedulers, stepped once an epoch."""
+    optimizer, warmup = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate), config.warmup_epochs
+    if config.schedule == "cosine":
+        scheduler = lr_scheduler.CosineAnnealingLR(optimizer, config.epochs - (warmup or 0))
+        if warmup:
+            parts = [lr_scheduler.LinearLR(optimizer, total_iters=warmup), scheduler]
+            scheduler = lr_scheduler.SequentialLR(optimizer, parts, [warmup])
+    else:
+        scheduler = lr_scheduler.MultiStepLR(optimizer, config.milestones)
+        if warmup:
+            parts = [scheduler, lr_scheduler.LinearLR(optimizer, total_iters=warmup)]
+            scheduler = lr_scheduler.ChainedScheduler(parts)
+    found = []
+    for _ in range(config.epochs):
+        found += scheduler.get_last_lr()
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("epochs", [1, 4, 7, 160])
+@pytest.mark.parametrize("schedule", ["steps", "cosine"])
+@pytest.mark.parametrize("warmup", [0, 1, 3, 20])
+def test_schedules_are_those_of_pytorch(epochs, schedule, warmup):
+    command = "--student", "resnet8", "--epochs", epochs, "--schedule", schedule, "--warmup-epochs", warmup
+    if warmup < epochs:
+        assert rates(parse(*command)) == pytest.approx(pytorchs(parse(*command)), rel=1e-6)
+
+
+def test_settings_that_are_off_are_not_recorded():
+    """Given or not it is the same run, in the same folder: also one that was begun before these flags existed."""
+    off = parse("--schedule", "steps", "--warmup-epochs", 0, "--label-smoothing", 0)
+    assert off.run_path == parse().run_path and not recipes.OFF.keys() & off.record().keys()
+    on = parse("--schedule", "cosine", "--warmup-epochs", 5, "--label-smoothing", 0.1).record()
+    assert {key: on[key] for key in recipes.OFF} == {"schedule": "cosine", "warmup_epochs": 5, "label_smoothing": 0.1}
+    assert on["milestones"] == []
 
 
 # ----------------------------------------------------------------------------------------- precedence

@@ -171,7 +171,8 @@ TO_TEACHER = (
 )
 NOT_TO_TEACHER = (
     "--learning-rate 0.3 --momentum 0.5 --weight-decay 0 --milestones 1 --learning-rate-decay 0.5 --nesterov "
-    "--method dkd --method-option warmup=3 --temperature 3 --teacher-cache live --json"
+    "--warmup-epochs 1 --label-smoothing 0.1 --method dkd --method-option warmup=3 --temperature 3 --json "
+    "--teacher-cache live"
 )
 
 

@@ -223,6 +223,22 @@ def test_every_method_is_tested():
     assert list(methods.METHODS) == NAMES and set(NAMES) == {*BY_HAND, "crd"}
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_labels_are_smoothed_in_cross_entropy_as_pytorch_does(name):
+    s, t, parts = tensors(arrays(1)), tensors(arrays(2)), []
+    options, ce_weight, _ = BY_HAND.get(name, ({}, 1.0, None))
+    for smoothing in (0.0, 0.3):
+        method = built(name, **options)
+        method.label_smoothing = smoothing
+        torch.manual_seed(0)
+        parts.append(called(method, s, t))
+    ces = [torch.nn.CrossEntropyLoss(label_smoothing=e)(s.logits, torch.tensor(LABELS)) for e in (0.0, 0.3)]
+    before, after = ({key: float(value.detach()) for key, value in each.items()} for each in parts)
+    assert after["loss"] - before["loss"] == pytest.approx(ce_weight * float(ces[1] - ces[0]), rel=1e-3)
+    others = before.keys() - {"loss", "ce"}
+    assert {key: after[key] for key in others} == {key: before[key] for key in others}
+
+
 def test_crd_equals_its_formula(monkeypatch):
     """Two steps: Z is set by the first, and the banks move towards the embeddings of the batch."""
     s, t = arrays(1), arrays(2, pooled=12)
