@@ -84,6 +84,8 @@ def test_cifar200():
     assert (config.epochs, config.batch_size, config.augment) == (200, 128, "crop-flip-reflect")
     assert rates(config) == pytest.approx([0.1] * 100 + [0.01] * 50 + [0.001] * 50)
     assert (*optimiser(config), config.initialisation) == (0.9, False, 1e-4, "kaiming-xavier")
+    fsp = parse("--student", "resnet20", "--teacher", "resnet20", "--method", "fsp", "--recipe", "cifar200")
+    assert fsp.method_options == {"beta": pytest.approx(1 / 3)}
 
 
 def test_cifar200s_initialisation():
