@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from takd import process
@@ -40,7 +40,8 @@ from torch import nn
 import data_loader
 import model_factory
 from takd.distill import evaluation, methods
-from takd.distill.teacher import Teacher
+from takd.distill.methods import Logits
+from takd.distill.teacher import Teacher, Teachers, members
 from takd.errors import UserError
 from takd.files import Say
 from takd.images.augmentation import VIEWS
@@ -141,7 +142,7 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
         trainer = Trainer(config, splits, step, directory, context)
         trainer.resume(recorded, {"processes": world.size} | ({"kernels": cpu.kernels.version()} if cpu else {}))
         if teacher and (step.active_teacher or config.teacher_cache != "auto"):
-            world.rank_zero_first(lambda: attach_table(config, teacher, splits.train, console.say))
+            world.rank_zero_first(lambda: attach_tables(config, teacher, splits.train, console.say))
         step.distribute(world)
         trainer.take_step = step_graph(config, step, world.size, console.say) or step
         # Processes of a group stop where they agreed upon it and nowhere else: the others would wait for one that left.
@@ -154,15 +155,23 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
 
 
 def train_teacher_first(config: RunConfig, context: Context) -> RunConfig:
-    """The configuration with a teacher trained for it; errors in the student's part are raised before that."""
+    """The configuration with a teacher trained for it; errors in the student's part are raised before that.
+
+    Of several teachers the last is trained, as the student of those before it, for which the same holds.
+    """
     if config.run_dir:
         for each in config.repetitions():
             context.world.broadcast(lambda each=each: RunDirectory(each.run_path).check(each.identity()))
     check_method(config)
-    context.console.say(f"Training the teacher {config.teacher} first:")
-    summary = run(config.teacher_config(), context, wait=True)
+    last = config.teacher_config()
+    if last.teacher:
+        last = train_teacher_first(last, context)
+    else:
+        context.console.say(f"Training the teacher {last.student} first:")
+    summary = run(last, context, wait=True)
     context.console.say(f"Training the student {config.student}:")
-    return config.replace("its own run", teacher_checkpoint=summary["checkpoint"])
+    files = [*last.teacher_checkpoints, summary["checkpoint"]]
+    return config.replace("its own run", teacher_checkpoint=files if last.teacher else files[0])
 
 
 def with_digests(config: RunConfig) -> RunConfig:
@@ -170,7 +179,8 @@ def with_digests(config: RunConfig) -> RunConfig:
     if config.dataset == "folder":  # the name does not identify the images
         config = config.replace(images=folder_digest(config.dataset_dir))
     if config.teacher:
-        config = config.replace(teacher_weights=checkpoint.weights_digest(config.teacher_checkpoint))
+        digests = [checkpoint.weights_digest(file) for file in config.teacher_checkpoints]
+        config = config.replace(teacher_weights=digests if len(digests) > 1 else digests[0])
     return config
 
 
@@ -212,10 +222,24 @@ def hardware_notes(device: str | None, precision: str, processes: int, image_siz
 
 
 # --------------------------------------------------------------------------- teacher, student, method, optimiser
-def load_teacher(config: RunConfig, splits: data_loader.Splits, precision: str, cpu: Any, say: Say) -> Teacher:
-    """The frozen teacher of a checkpoint, scored on the test images."""
-    file, train = config.teacher_checkpoint, splits.train
-    network, metadata = model_factory.load(file, config.teacher)
+def load_teacher(
+    config: RunConfig, splits: data_loader.Splits, precision: str, cpu: Any, say: Say
+) -> Teacher | Teachers:
+    """The run's frozen teachers, scored on the test images."""
+    loaded = []
+    for name, file in zip(config.teachers, config.teacher_checkpoints, strict=True):
+        teacher, recorded_percent = load_frozen(config, name, file, splits.train, precision, cpu)
+        teacher.label = f"{name}: " if len(config.teachers) > 1 else ""
+        teacher.score(splits.test, file, recorded_percent, say)
+        loaded.append(teacher)
+    return Teachers(loaded) if len(loaded) > 1 else loaded[0]
+
+
+def load_frozen(
+    config: RunConfig, name: str, file: str, train: Split, precision: str, cpu: Any
+) -> tuple[Teacher, float | None]:
+    """(a checkpoint's network, frozen; the test accuracy that it records for these images)."""
+    network, metadata = model_factory.load(file, name)
     class_names = metadata.get("class_names")
     if metadata["classes"] != len(train.classes):
         what = f"{metadata['classes']} classes; {config.dataset} has {len(train.classes)}"
@@ -229,13 +253,14 @@ def load_teacher(config: RunConfig, splits: data_loader.Splits, precision: str, 
     transform = Transform(tuple(metadata["mean"]), tuple(metadata["std"]), metadata["image_size"] or train.image_size)
     needs_features = getattr(methods.find(config.method), "needs_features", True)
     teacher = Teacher(network, transform, train, precision, needs_features, cpu and cpu.pack)
-    teacher.path = metadata.get("path", [config.teacher])
+    teacher.path = metadata.get("path", [name])
     same_data = metadata.get("dataset", config.dataset) == config.dataset
-    teacher.score(splits.test, file, metadata.get("test_accuracy_percent") if same_data else None, say)
-    return teacher
+    return teacher, metadata.get("test_accuracy_percent") if same_data else None
 
 
-def assemble(config: RunConfig, train: Split, teacher: Teacher | None, precision: str, cpu: Any) -> TrainStep:
+def assemble(
+    config: RunConfig, train: Split, teacher: Teacher | Teachers | None, precision: str, cpu: Any
+) -> TrainStep:
     """The optimisation step of a run: its student, method and optimizer."""
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True  # a run has few shapes, which recur
@@ -250,7 +275,7 @@ def assemble(config: RunConfig, train: Split, teacher: Teacher | None, precision
     # After the student, whose initialisation is then the same whatever the method:
     method = methods.CrossEntropy()
     if teacher:
-        method = build_method(config, student, teacher.exact, train, teacher.transform)
+        method = build_method(config, student, [(each.exact, each.transform) for each in members(teacher)], train)
     if config.label_smoothing:
         method.label_smoothing = config.label_smoothing
     method.to(train.device, memory_format=torch.channels_last)
@@ -265,22 +290,25 @@ def assemble(config: RunConfig, train: Split, teacher: Teacher | None, precision
     return TrainStep(student, method, teacher, optimizer, train, precision)
 
 
-def build_method(config: RunConfig, student: Any, teacher: Any, train: Split, transform: Transform) -> nn.Module:
-    """The run's method, its parameters sized by the networks' Features of two images; `transform` is the teacher's."""
-    images, features = train.take(torch.arange(2)), []
-    for network, expected in ((student, train.transform), (teacher, transform)):
-        with torch.no_grad():
-            features.append(network.eval().forward_features(expected(images)))
-    return methods.build(config.method, config.method_options, *features, train.labels)
+def build_method(config: RunConfig, student: Any, teachers: Sequence[tuple[Any, Transform]], train: Split) -> nn.Module:
+    """The run's method, its parameters sized by the networks' Features of two images, each normalised for it."""
+    images = train.take(torch.arange(2))
+    with torch.no_grad():
+        own, *theirs = (
+            network.eval().forward_features(transform(images))
+            for network, transform in ((student, train.transform), *teachers)
+        )
+    teacher = theirs[0] if len(theirs) == 1 else Logits(torch.stack([each.logits for each in theirs]))
+    return methods.build(config.method, config.method_options, own, teacher, train.labels)
 
 
 def check_method(config: RunConfig) -> None:
     """A UserError if the method does not fit these networks, found with random weights before a teacher is trained."""
     split = data_loader.random_split(config.dataset, config.image_size)
-    networks = [
-        model_factory.create(each, len(split.classes), split.image_size) for each in (config.student, config.teacher)
-    ]
-    build_method(config, *networks, split, split.transform)
+    student, *teachers = (
+        model_factory.create(each, len(split.classes), split.image_size) for each in (config.student, *config.teachers)
+    )
+    build_method(config, student, [(teacher, split.transform) for teacher in teachers], split)
 
 
 def check_smallest_batch(config: RunConfig, student: nn.Module, train: Split) -> None:
@@ -297,20 +325,21 @@ def check_smallest_batch(config: RunConfig, student: nn.Module, train: Split) ->
         raise UserError(f"--batch-size {size} {left}, {why}; change one of them") from None
 
 
-def attach_table(config: RunConfig, teacher: Teacher, train: Split, say: Say) -> None:
-    teacher.attach_table(train, config.augment, config.teacher_cache, config.teacher_checkpoint, say)
+def attach_tables(config: RunConfig, teacher: Teacher | Teachers, train: Split, say: Say) -> None:
+    for each, file in zip(members(teacher), config.teacher_checkpoints, strict=True):
+        each.attach_table(train, config.augment, config.teacher_cache, file, say)
 
 
 def step_graph(config: RunConfig, step: TrainStep, processes: int, say: Say) -> StepGraph | None:
     """Steps as CUDA graphs, where they never need the host; else None, and on a GPU a line with the reason."""
     if config.device != "cuda" or config.cuda_graph is False:
         return None
-    table, images = step.active_teacher and step.active_teacher.table, step.split.images
+    tables, images = [each.table for each in members(step.active_teacher) if each.table], step.split.images
     reasons = {
         "several processes share a step": processes > 1,
         "the images do not fit on the GPU": images.device != step.split.device,
         "random augmentation runs in other processes": VIEWS[config.augment] is None,
-        "the teacher's table does not fit on the GPU": table and table.resident is None,
+        "a teacher's table does not fit on the GPU": any(table.resident is None for table in tables),
     }
     if why := next((reason for reason, holds in reasons.items() if holds), None):
         say(f"steps     kernel by kernel, without a CUDA graph: {why}")

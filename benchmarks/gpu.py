@@ -74,7 +74,7 @@ class Learner:
         self.step = train.assemble(config, splits.train, frozen, self.precision, cpu)
         if table:
             config = config.replace(teacher_checkpoint=table)
-            train.attach_table(config, frozen, splits.train, print)
+            train.attach_tables(config, frozen, splits.train, print)
         context = Context(World(), Console(io.StringIO()), StopSignals())
         self.trainer = Trainer(config, splits, self.step, RunDirectory("unused"), context)
         if graph:

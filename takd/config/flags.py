@@ -139,6 +139,13 @@ def number(kind: type, **bounds: float | None) -> Callable[[str], Any]:
     return convert
 
 
+class OneOrMore(argparse.Action):
+    """One value as itself, several as a list."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        setattr(namespace, self.dest, values if len(values) > 1 else values[0])
+
+
 YES_OR_NO: dict[str, methods.Value] = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
 
 
@@ -227,8 +234,10 @@ def train_parser(description: str = "") -> Parser:
     section("networks")
     flag("--student", "--model", type=network, default="resnet8", metavar="NAME",
          help=f"network to train: {' '.join(names.NETWORKS)}, {names.MORE_NETWORKS}")
-    flag("--teacher", type=network, metavar="NAME", help="network to learn from (default: none, labels only)")
-    flag("--teacher-checkpoint", metavar="FILE", help="the teacher's weights (default: it is trained first)")
+    flag("--teacher", nargs="+", action=OneOrMore, type=network, metavar="NAME",
+         help="network to learn from, or several (default: none, labels only)")
+    flag("--teacher-checkpoint", nargs="+", action=OneOrMore, metavar="FILE",
+         help="each teacher's weights (default: they are trained first, each from those before it)")
     switch("--pretrained", "torchvision's weights, except the last layer, in the student or a teacher trained first")
     section("data")
     flag("--dataset", type=dataset, default="cifar100", metavar="NAME", help=" ".join(names.DATASETS))

@@ -48,27 +48,31 @@ class Method:
     options: Mapping[str, Option] = field(default_factory=dict)
     data_parallel: bool = True  # whether processes can share a batch: whether the loss is a mean over images
     label_smoothing: bool = True  # whether its cross-entropy heeds --label-smoothing
+    several_teachers: bool = False  # whether it takes the logits of several
 
 
 # fmt: off
 TEMPERATURE = Option(4.0, "T, which softens both distributions", above=0)
 CE_WEIGHT = Option(1.0, "of cross-entropy with the labels")
+KD_OPTIONS = {
+    "temperature": TEMPERATURE,
+    "lambda": Option(0.5, "weight of the distillation term", maximum=1),
+    "reduction": Option("batchmean", "of KL; mean divides by the classes too, as the released code does",
+                        choices=("batchmean", "mean")),
+}
 METHODS = {
-    "base": Method("CE", "ordinary training with the labels, the paper's NOKD; the teacher is not used"),
-    "kd": Method("(1 - lambda) CE + lambda T^2 KL(teacher || student)", "eq. 3 of Mirzadeh et al., AAAI 2020", {
-        "temperature": TEMPERATURE,
-        "lambda": Option(0.5, "weight of the distillation term", maximum=1),
-        "reduction": Option("batchmean", "of KL; mean divides by the classes too, as the released code does",
-                            choices=("batchmean", "mean")),
-    }),
+    "base": Method("CE", "ordinary training with the labels, the paper's NOKD; the teacher is not used",
+                   several_teachers=True),
+    "kd": Method("(1 - lambda) CE + lambda T^2 KL(teacher || student)", "eq. 3 of Mirzadeh et al., AAAI 2020",
+                 KD_OPTIONS, several_teachers=True),
     "logit": Method("ce_weight CE + weight MSE(logits)", "Ba and Caruana, NIPS 2014", {
         "weight": Option(1.0, "of the squared difference of the logits, a mean over images and classes"),
         "ce_weight": CE_WEIGHT,
-    }),
+    }, several_teachers=True),
     "st": Method("CE + alpha T^2 KL(teacher || student)", "soft targets, Hinton et al., 2015", {
         "temperature": TEMPERATURE,
         "alpha": Option(1.0, "weight of the soft targets"),
-    }),
+    }, several_teachers=True),
     "at": Method("CE + beta sum over stages of MSE(attention maps)", "Zagoruyko and Komodakis, ICLR 2017", {
         "beta": Option(1000.0, "weight of the attention maps"),
     }),
@@ -107,12 +111,17 @@ METHODS = {
         "beta": Option(2.0, "weight of the other classes; 8 for more confident teachers"),
         "temperature": TEMPERATURE,
         "warmup": Option(20, "epochs in which w grows linearly to 1; 0 for none"),
-    }),
+    }, several_teachers=True),
     "lskd": Method("ce_weight CE + weight T^2 KL(Z(teacher) || Z(student))", "standardised, Sun et al., CVPR 2024", {
         "temperature": Option(2.0, "T, which softens both distributions", above=0),
         "weight": Option(9.0, "of the divergence"),
         "ce_weight": Option(0.1, "of cross-entropy with the labels"),
-    }),
+    }, several_teachers=True),
+    "dgkd": Method("(1 - lambda) CE + lambda mean over teachers of T^2 KL(teacher || student)",
+                   "densely guided, Son et al., ICCV 2021", KD_OPTIONS | {
+        "drop": Option(0.0, "P, probability that a step leaves a teacher's term out; one always stays, which limits "
+                            "it to 1 - 1 / teachers", maximum=1),
+    }, several_teachers=True),
 }
 # fmt: on
 
@@ -151,7 +160,8 @@ def find(name: str) -> Method:
             fix = "options come after a *, and only student, teacher and labels before it"
             raise UserError(f"--method {name}: its constructor requires {key}; {fix}")
     together = getattr(method_class, "needs_index", False) or getattr(method_class, "one_process", False)
-    return Method("", "", options, not together, hasattr(method_class, "label_smoothing"))
+    several = getattr(method_class, "several_teachers", False)
+    return Method("", "", options, not together, hasattr(method_class, "label_smoothing"), several)
 
 
 def help_methods() -> str:

@@ -20,6 +20,7 @@ from takd.errors import UserError
 # fmt: off
 NEED_TEACHER = ("teacher_checkpoint", "method", "method_option", "temperature", "lambda", "teacher_cache")
 OPTION_FLAGS = ("temperature", "lambda")  # method options that have flags of their own
+LEARNING = ("method", "method_option", *OPTION_FLAGS)
 PASSED_TO_TEACHER = (
     "dataset", "dataset_dir", "download", "image_size", "train_images", "validation_split", "augment", "workers",
     "recipe", "epochs", "batch_size", "cuda", "precision", "save_minutes",
@@ -31,7 +32,7 @@ INCIDENTAL = (
 )
 DIGESTS = ("images", "teacher_weights")  # known only when the files are read
 MEASURED = ("dataset", "image_size", "batch_size", "precision", "cuda", "cuda_graph")  # what --measure depends on
-UNRECORDED = ("device", "repeat", "measure", "origins")  # config.json has origins separately
+UNRECORDED = ("device", "repeat", "measure", "learning", "origins")  # config.json has origins separately
 DERIVED = ("recipe", "default of", "data set", "resolved", "its")  # beginnings of the origins of values not given
 # fmt: on
 
@@ -63,8 +64,8 @@ class RunConfig:
     warmup_epochs: int | None = None
     label_smoothing: float | None = None
     trial: str | None = None  # NNI's
-    # With a teacher:
-    teacher: str | None = None
+    # With a teacher; of several, lists:
+    teacher: str | list[str] | None = None
     method: str | None = None
     method_options: dict[str, Any] | None = None  # all of the method's
     temperature: float | None = None  # two of these options again, if the method has them
@@ -73,9 +74,9 @@ class RunConfig:
     without_effect: dict[str, Any] | None = None  # a tuner's values that need a teacher, in a run without one
     # Digests of the files that the outcome depends on, known when they are read:
     images: str | None = None  # of --dataset folder
-    teacher_weights: str | None = None
+    teacher_weights: str | list[str] | None = None
     # INCIDENTAL:
-    teacher_checkpoint: str | None = None
+    teacher_checkpoint: str | list[str] | None = None
     teacher_cache: str | None = None
     dataset_dir: str | None = None
     download: bool | None = None
@@ -89,6 +90,7 @@ class RunConfig:
     device: str | None = None  # "cuda" or "cpu"; None for a run that is made elsewhere
     repeat: int | None = None
     measure: list[str] | None = None
+    learning: dict[str, Any] = field(default_factory=dict)  # of LEARNING, what was given, but not by a tuner
     origins: dict[str, str] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
@@ -111,22 +113,34 @@ class RunConfig:
         origins = self.origins | dict.fromkeys(changes, origin) if origin else self.origins
         return dataclasses.replace(self, **changes, origins=origins)
 
+    @property
+    def teachers(self) -> list[str]:
+        return one_or_more(self.teacher)
+
+    @property
+    def teacher_checkpoints(self) -> list[str]:
+        return one_or_more(self.teacher_checkpoint)
+
     # ------------------------------------------------------------------------------------------- other runs
     def teacher_config(self) -> "RunConfig":
-        """The run that trains the teacher: the same data, length and recipe, but not the student's optimiser flags."""
-        assert self.teacher
-        settings = self.record()
-        given = {key: settings[key] for key in PASSED_TO_TEACHER if key in settings and self._given(key)}
-        given["student"] = self.teacher
-        if self.pretrained and names.torchvision_name(self.teacher):
+        """The run that trains the last teacher, from those before it: the same data, length and recipe, the method as
+        given, but not the student's optimiser flags."""
+        settings, (*above, network) = self.record(), self.teachers
+        passed = (*PASSED_TO_TEACHER, "method", "teacher_cache") if above else PASSED_TO_TEACHER
+        given = {key: settings[key] for key in passed if key in settings and self._given(key)}
+        given["student"] = network
+        if above:
+            given = taught_by(above[0] if len(above) == 1 else above, given | self.learning)
+        if self.pretrained and any(map(names.torchvision_name, self.teachers)):
             given["pretrained"] = True
         given["seed"] = self.seed
         if self.run_dir:
             given["run_dir"] = str(Path(self.run_dir) / "teacher")
-        origins = {key: self.origins.get(key, "default") for key in given} | {"student": self.origins["teacher"]}
+        renamed = {"student": "teacher", "method_option": "method_options"}
+        origins = {key: self.origins.get(renamed.get(key, key), "default") for key in given}
         if origins["seed"] == "tuner":  # the student's alone: all trials of an experiment learn from one teacher
             given["seed"], origins["seed"] = flags.DEFAULT_SEED, "default"
-        return dataclasses.replace(resolve(given, origins), device=self.device)
+        return dataclasses.replace(resolve(given, origins), device=self.device, learning=self.learning)
 
     def _given(self, key):
         return not self.origins[key].startswith(DERIVED)
@@ -148,7 +162,7 @@ class RunConfig:
             return Path(self.run_dir or f"runs/nni-{nni_trial.experiment()}") / self.trial
         if self.run_dir:
             return Path(self.run_dir)
-        chain = [names.file_name(name) for name in (self.dataset, self.teacher, self.student) if name]
+        chain = [names.file_name(name) for name in (self.dataset, *self.teachers, self.student)]
         digest = hashlib.blake2b(json.dumps(self.identity(), sort_keys=True).encode(), digest_size=3).hexdigest()
         return Path("runs") / f"{'-'.join(chain)}-seed{self.seed}-{digest}"
 
@@ -162,6 +176,22 @@ def settings_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """Of what config.json has, the settings that determine the outcome."""
     fields = {key.rstrip("_") for key in RunConfig.__dataclass_fields__} - {*INCIDENTAL, *UNRECORDED}
     return {key: value for key, value in record.items() if key in fields and value is not None}
+
+
+def one_or_more(value: Any) -> list[Any]:
+    """A setting's values: of a teacher, its name or its file, or those of several."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def taught_by(teacher: str | list[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a training with its teachers. From one, dgkd is kd, under one name: the same training."""
+    settings = {**settings, "teacher": teacher}
+    if isinstance(teacher, str) and settings.get("method") == "dgkd":
+        settings["method"] = "kd"
+        options = settings.pop("method_option", ())
+        if kept := [word for word in options if word.partition("=")[0].strip() != "drop"]:
+            settings["method_option"] = kept
+    return settings
 
 
 def command(record: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
@@ -187,6 +217,7 @@ def parse(argv: list[str], description: str = "", elsewhere: bool = False) -> Ru
     """
     parser = flags.train_parser(description)
     given, origins = parser.given(argv)
+    learning = {key: given[key] for key in LEARNING if key in given}
     try:
         if trial := nni_trial.trial():
             given["trial"], origins["trial"] = trial, "NNI"
@@ -196,7 +227,7 @@ def parse(argv: list[str], description: str = "", elsewhere: bool = False) -> Ru
         for key, default in parser.defaults.items():
             if key not in given and default is not None:
                 given[key], origins[key] = default, "default"
-        config = resolve(given, origins)
+        config = dataclasses.replace(resolve(given, origins), learning=learning)
         return config if elsewhere else dataclasses.replace(config, device=_training_device(config))
     except UserError as error:
         parser.error(str(error))
@@ -230,6 +261,10 @@ def _check_combinations(given: Mapping[str, Any], origins: Mapping[str, str]) ->
             excused = key in OPTION_FLAGS and origins.get(key) == "tuner"  # noted in the run's record
             if key in given and not excused and (key, given[key]) != ("method", "base"):
                 raise UserError(f"--{key.replace('_', '-')} needs --teacher")
+    teachers, files = one_or_more(given.get("teacher")), one_or_more(given.get("teacher_checkpoint"))
+    if files and len(files) != len(teachers):
+        counts = f"{len(files)} file{'s' * (len(files) > 1)} for {len(teachers)} teacher{'s' * (len(teachers) > 1)}"
+        raise UserError(f"--teacher-checkpoint: {counts} ({' '.join(teachers)}); give one for each, in the same order")
     if "measure" in given and (unused := sorted(given.keys() - {"measure", *MEASURED})):
         raise UserError(f"--measure trains nothing: --{unused[0].replace('_', '-')} has no effect on it; leave it out")
     if "measure" in given and (process.place().size > 1 or (given.get("cuda") or 0) > 1):
@@ -239,8 +274,7 @@ def _check_combinations(given: Mapping[str, Any], origins: Mapping[str, str]) ->
     if given.get("seed", flags.DEFAULT_SEED) + given.get("repeat", 1) > 2**63:
         raise UserError(f"--repeat {given['repeat']}: seeds end at {2**63 - 1}")
     if given.get("pretrained"):
-        trained_first = given.get("teacher") if "teacher_checkpoint" not in given else None
-        networks = [name for name in (given.get("student", "resnet8"), trained_first) if name]
+        networks = [given.get("student", "resnet8"), *([] if files else teachers)]
         if not any(map(names.torchvision_name, networks)):
             known = "a network of torchvision's to train (resnet50, torchvision:NAME)"
             raise UserError(f"--pretrained needs {known}, not {' or '.join(networks)}")
@@ -318,12 +352,16 @@ def resolve(given: Mapping[str, Any], origins: Mapping[str, str]) -> RunConfig:
 
 def _resolve_method(settings: dict[str, Any], origins: dict[str, str], recipe: recipes.Recipe) -> None:
     """All options of the method; given values override the recipe's, which override the method's defaults."""
-    name, method = settings["method"], methods.find(settings["method"])
+    name, method, teachers = settings["method"], methods.find(settings["method"]), one_or_more(settings["teacher"])
     if "label_smoothing" in settings and not method.label_smoothing:
         fix = "give its class a label_smoothing (docs/adding_a_method.md)"
         raise UserError(f"--label-smoothing has no effect on --method {name}; {fix}, or leave it out")
-    known = method.options
-    chosen, from_recipe = _given_options(settings, known), recipe.method_options.get(name, {})
+    if len(teachers) > 1 and not method.several_teachers:
+        several = " ".join(key for key, each in methods.METHODS.items() if each.several_teachers)
+        what = f"learns from one teacher, and {len(teachers)} are given ({' '.join(teachers)})"
+        raise UserError(f"--method {name} {what}; methods for several: {several}")
+    known, like = method.options, "kd" if name == "dgkd" else name  # with one teacher dgkd is kd, whatever the recipe
+    chosen, from_recipe = _given_options(settings, known), recipe.method_options.get(like, {})
     options = {key: option.default for key, option in known.items()} | from_recipe | chosen
     settings["method_options"], origins["method_options"] = options, origins.get("method_option", "resolved")
     for key in OPTION_FLAGS:

@@ -2,7 +2,7 @@
 methods.py.
 
 Stages of two networks may differ in channels and size. Values are float32 whatever precision the networks run in.
-Legend: B batch, C classes, D length of a vector.
+Legend: B batch, C classes, D length of a vector, K teachers: where teacher logits are (K, B, C), they are of several.
 """
 
 import torch
@@ -10,33 +10,59 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def log_softened(logits: Tensor, temperature: float) -> Tensor:
+    """(B, C): log softmax(logits / T); of (K, B, C), the log of the mean of the K distributions."""
+    log = F.log_softmax(logits.float() / temperature, dim=-1)
+    if log.dim() == 2:
+        return log
+    largest = log.amax(0)
+    return largest + (log - largest).exp().mean(0).log()  # of equal distributions, the same to the bit
+
+
 def distillation_kl(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str = "batchmean"
 ) -> Tensor:
     """T^2 KL(teacher || student) of softened distributions: eq. 2 of Mirzadeh et al. 2020, after Hinton et al. 2015.
 
-    student_logits, teacher_logits: (B, C). `batchmean`, the equation's, sums over classes and averages over the batch.
-    `mean` divides by the classes as well, as the released code's `nn.KLDivLoss()` does: C times too small, kept to
-    reproduce its runs.
+    student_logits (B, C), teacher_logits (B, C) or (K, B, C), whose softened distributions are averaged. `batchmean`,
+    the equation's, sums over classes and averages over the batch. `mean` divides by the classes as well, as the
+    released code's `nn.KLDivLoss()` does: C times too small, kept to reproduce its runs.
     """
     student = F.log_softmax(student_logits.float() / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
+    teacher = log_softened(teacher_logits, temperature)
     # Not left to PyTorch's reduction="mean": it warns, and is announced to become "batchmean".
     classes = student.shape[1] if reduction == "mean" else 1
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * (temperature**2 / classes)
+
+
+def guidance_kl(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str = "batchmean"
+) -> Tensor:
+    """(K,): distillation_kl from each of K teachers, teacher_logits (K, B, C): the terms of Son et al. 2021, eq. 5."""
+    return torch.stack([distillation_kl(student_logits, each, temperature, reduction) for each in teacher_logits])
+
+
+def drop_threshold(probability: float, terms: int) -> float:
+    """q, for which each of K terms is left out with this probability, in whole: a term is left out where its uniform
+    number is below q, and where all are, the largest stays: q - q^K / K, which grows up to 1 - 1/K at q = 1."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        q = (low + high) / 2
+        low, high = (q, high) if q - q**terms / terms < probability else (low, q)
+    return low if probability else 0.0
 
 
 def decoupled_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> list[Tensor]:
     """The two parts of distillation_kl in Zhao et al. 2022, eq. 7: [the label's class against all others, among the
     others].
 
-    Logits (B, C), labels (B,); each part is times T^2 and a mean over the batch. The second is not weighted by 1 - p_t
-    here.
+    Logits (B, C), the teacher's also (K, B, C), labels (B,); each part is times T^2 and a mean over the batch. The
+    second is not weighted by 1 - p_t here.
     """
     label = F.one_hot(labels, student_logits.shape[1])
 
     def parts(logits: Tensor) -> tuple[Tensor, Tensor]:
-        log = F.log_softmax(logits.float() / temperature, dim=1)
+        log = log_softened(logits, temperature)
         others = log - 1000 * label  # e^-1000 is 0 in float32, and unlike -inf it can be subtracted
         return torch.stack([(log * label).sum(1), others.logsumexp(1)], dim=1), F.log_softmax(others, dim=1)
 
@@ -45,9 +71,9 @@ def decoupled_kl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor,
 
 
 def standardised(logits: Tensor) -> Tensor:
-    """Logits (B, C) minus their mean, over their standard deviation, per image: Sun et al. 2024, algorithm 1."""
+    """Logits (..., C) minus their mean, over their standard deviation, per image: Sun et al. 2024, algorithm 1."""
     logits = logits.float()
-    return (logits - logits.mean(1, keepdim=True)) / (logits.std(1, keepdim=True) + 1e-7)
+    return (logits - logits.mean(-1, keepdim=True)) / (logits.std(-1, keepdim=True) + 1e-7)
 
 
 def same_size(*stages: Tensor) -> list[Tensor]:

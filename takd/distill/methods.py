@@ -12,9 +12,12 @@ and `labels`, int64 (N,), the training split's. A class may set: `needs_index = 
 share a batch; `epoch = 0`, which is then set to the current epoch, counted from 0. Buffers must change in place: on a
 GPU a step is captured once and replayed.
 
+Several teachers come as one: their Logits, (K, B, C), to methods that take them (takd/config/methods.py); a class of
+the user's takes them if it sets `several_teachers = True` itself.
+
 Stages of two networks are paired from their ends, the last with the last: a ResNet has a stem and three stages, a plain
-CNN two to four. Legend: B batch, C classes, N training images. Losses are float32 whatever precision the networks run
-in.
+CNN two to four. Legend: B batch, C classes, K teachers, N training images. Losses are float32 whatever precision the
+networks run in.
 """
 
 import contextlib
@@ -40,6 +43,12 @@ class Features(NamedTuple):
     stages: tuple[Tensor, ...]  # of (B, channels, h, w)
     pooled: Tensor  # (B, features), the classifier's input
     logits: Tensor  # (B, C)
+
+
+class Logits(NamedTuple):
+    """A teacher's output where only logits are needed, or that of several."""
+
+    logits: Tensor  # float32 (B, C); of several teachers (K, B, C)
 
 
 Parts = dict[str, Tensor]
@@ -82,7 +91,10 @@ class CrossEntropy(Method):
 
 
 class KD(Method):
-    """L = (1 - lambda) CE + lambda T^2 KL(teacher || student): eq. 3 of Mirzadeh et al., AAAI 2020."""
+    """L = (1 - lambda) CE + lambda T^2 KL(teacher || student): eq. 3 of Mirzadeh et al., AAAI 2020.
+
+    Of several teachers, from the mean of their softened distributions.
+    """
 
     needs_features = False
 
@@ -90,9 +102,37 @@ class KD(Method):
         super().__init__()
         self.temperature, self.lambda_, self.reduction = temperature, lambda_, reduction
 
-    def forward(self, student: Features, teacher: Features, labels: Tensor) -> Parts:
-        kd = losses.distillation_kl(student.logits, teacher.logits, self.temperature, self.reduction)
-        return self.total(student, labels, 1 - self.lambda_, kd=(self.lambda_, kd))
+    def divergence(self, student: Features, teacher: Features | Logits) -> Tensor:
+        return losses.distillation_kl(student.logits, teacher.logits, self.temperature, self.reduction)
+
+    def forward(self, student: Features, teacher: Features | Logits, labels: Tensor) -> Parts:
+        return self.total(student, labels, 1 - self.lambda_, kd=(self.lambda_, self.divergence(student, teacher)))
+
+
+class DGKD(KD):
+    """L = (1 - lambda) CE + lambda mean over teachers of T^2 KL(teacher || student): Son et al., ICCV 2021, over the
+    number of teachers.
+
+    `drop`: each term is left out of a step with this probability, and the mean is that of the others. One always stays,
+    so the probability is at most 1 - 1/K.
+    """
+
+    def __init__(
+        self, teacher: Features | Logits, *, temperature: float, lambda_: float, reduction: str, drop: float
+    ) -> None:
+        super().__init__(temperature=temperature, lambda_=lambda_, reduction=reduction)
+        several = teacher.logits.dim() == 3
+        self.threshold = losses.drop_threshold(drop, len(teacher.logits)) if several else 0.0
+
+    def divergence(self, student: Features, teacher: Features | Logits) -> Tensor:
+        if teacher.logits.dim() == 2:
+            return super().divergence(student, teacher)
+        terms = losses.guidance_kl(student.logits, teacher.logits, self.temperature, self.reduction)
+        if not self.threshold:
+            return terms.mean()
+        drawn = torch.rand(len(terms), device=terms.device)
+        kept = drawn >= drawn.amax().clamp_max(self.threshold)  # the largest where all are below the threshold
+        return (terms * kept).sum() / kept.sum()
 
 
 class Logit(Method):
@@ -104,8 +144,9 @@ class Logit(Method):
         super().__init__()
         self.weight, self.ce_weight = weight, ce_weight
 
-    def forward(self, student: Features, teacher: Features, labels: Tensor) -> Parts:
-        difference = F.mse_loss(student.logits.float(), teacher.logits.float())
+    def forward(self, student: Features, teacher: Features | Logits, labels: Tensor) -> Parts:
+        theirs = teacher.logits.float()
+        difference = F.mse_loss(student.logits.float(), theirs if theirs.dim() == 2 else theirs.mean(0))
         return self.total(student, labels, self.ce_weight, logit=(self.weight, difference))
 
 
@@ -373,6 +414,7 @@ METHODS: dict[str, type[nn.Module]] = {
     "crd": CRD,
     "dkd": DKD,
     "lskd": LSKD,
+    "dgkd": DGKD,
 }
 
 
@@ -382,7 +424,9 @@ def find(name: str) -> Any:
     return METHODS[name] if name in METHODS else import_class(name)
 
 
-def build(name: str, options: Mapping[str, Any], student: Features, teacher: Features, labels: Tensor) -> nn.Module:
+def build(
+    name: str, options: Mapping[str, Any], student: Features, teacher: Features | Logits, labels: Tensor
+) -> nn.Module:
     """The method `name` for two networks, given as Features of two images (without gradients), and a training split's
     labels (N,).
 
@@ -406,7 +450,7 @@ def build(name: str, options: Mapping[str, Any], student: Features, teacher: Fea
     return method
 
 
-def _try(method: nn.Module, student: Features, teacher: Features, labels: Tensor) -> None:
+def _try(method: nn.Module, student: Features, teacher: Features | Logits, labels: Tensor) -> None:
     """One call of a user's method, before anything is written, so that its errors appear."""
     index = torch.arange(len(student.logits), device=labels.device)
     extra = {"index": index} if getattr(method, "needs_index", False) else {}

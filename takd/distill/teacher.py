@@ -4,9 +4,9 @@ teaches."""
 import copy
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,19 +14,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from takd.distill import evaluation
 from takd.distill.logit_table import LogitTable, choose_cache, table_dtype
-from takd.distill.methods import Features
+from takd.distill.methods import Features, Logits
 from takd.errors import UserError
 from takd.files import Say, digest, save_json
 from takd.images.augmentation import VIEWS
 from takd.images.split import Batch, Split, Transform, generator
 
 Rewrite = Callable[[nn.Module, torch.dtype], None]  # of a network, in place, into a faster one of the same function
-
-
-class Logits(NamedTuple):
-    """A teacher's output where only logits are needed."""
-
-    logits: torch.Tensor  # float32 (B, C)
 
 
 class Teacher:
@@ -56,6 +50,7 @@ class Teacher:
         # Images of a call that fills a table: few enough for a CPU's cache, enough to fill a GPU.
         self.call_size = max(1, (128 if split.device.type == "cpu" else 2048) * 64**2 // max(64, size) ** 2)
         self.table: LogitTable | None = None
+        self.label = ""  # in what is printed, which one of several it is
         self.path: list[str] = []  # the networks that it learned from, then itself
         self.accuracy_percent: float | None = None  # once it is scored
 
@@ -92,7 +87,7 @@ class Teacher:
             mode, line = "live", "live: the method uses the teacher's features"
         else:
             raise UserError(f"--teacher-cache {mode}: this method uses features, and the table holds logits; use live")
-        say(f"logits    {line}")
+        say(f"logits    {self.label}{line}")
         if mode != "live":
             self.table = LogitTable(path, self, split, augment, say)
         if self.table and mode == "full":
@@ -117,20 +112,45 @@ class Teacher:
             accuracy = evaluation.score(logits, split.labels)["accuracy_percent"]
         if not accuracy > evaluation.chance_percent(split.labels):
             raise UserError(
-                f"the teacher scores {accuracy:.2f} % on {split.name}, no better than guessing: its file does not "
-                "belong to this data set or normalisation, or it was not trained; train it first (leave "
-                "out --teacher-checkpoint)"
+                f"the teacher {self.label}scores {accuracy:.2f} % on {split.name}, no better than guessing: its file "
+                "does not belong to this data set or normalisation, or it was not trained; train it first (leave out "
+                "--teacher-checkpoint)"
             )
         if os.access(file.parent.parent, os.W_OK) and not file.exists():
             file.parent.mkdir(exist_ok=True)
             save_json({"split": split.name, "images": len(split), "accuracy_percent": accuracy}, file)
         records = "no accuracy" if recorded_percent is None else f"{recorded_percent:.2f} %"
-        say(f"teacher   {accuracy:.2f} % on {split.name} (its file records {records})")
+        say(f"teacher   {self.label}{accuracy:.2f} % on {split.name} (its file records {records})")
         if abs(accuracy - (recorded_percent or accuracy)) > 0.5:
             question = "is it the same data set, whole, and the same normalisation?"
             say(f"warning: these differ by more than rounding: {question}")
         self.accuracy_percent = accuracy
         return accuracy
+
+
+class Teachers:
+    """Several teachers of one student, each with its own transform, weights and table: teachers(batch, images) ->
+    Logits (K, B, C), in their order."""
+
+    def __init__(self, members: Sequence[Teacher]):
+        self.members = members
+
+    def __call__(self, batch: Batch, images: torch.Tensor) -> Logits:
+        return Logits(torch.stack([teacher(batch, images).logits for teacher in self.members]))
+
+
+def members(teacher: Teacher | Teachers | None) -> Sequence[Teacher]:
+    """The teachers of a run: none, one or several."""
+    return teacher.members if isinstance(teacher, Teachers) else [teacher] if teacher else []
+
+
+def path_of(teachers: Sequence[Teacher], names: Sequence[str]) -> list[str]:
+    """What a student of these teachers, so named, has learned from: of several, the longest of their paths, which ends
+    with all of their names as one."""
+    if len(teachers) < 2:
+        return [network for teacher in teachers for network in teacher.path]
+    longest = max(teachers, key=lambda teacher: len(teacher.path))
+    return [*longest.path[:-1], " + ".join(names)]
 
 
 def _cache_folder(checkpoint):

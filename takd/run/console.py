@@ -61,7 +61,11 @@ def setup_lines(config: RunConfig, hardware: str, student: Any) -> Iterator[str]
     yield f"student   {config.student}, {parameters:,} parameters"
     if config.teacher:
         options = ", ".join(f"{key} {value}" for key, value in (config.method_options or {}).items())
-        source = f" from {config.teacher}" if config.method != "base" else ", labels only: the teacher is unused"
+        source = (
+            f" from {' + '.join(config.teachers)}"
+            if config.method != "base"
+            else ", labels only: the teacher is unused"
+        )
         yield f"method    {config.method}{source}{f' ({options})' * bool(options)}"
     milestones = " ".join(map(str, config.milestones))
     decay = f" x{config.learning_rate_decay:g} at {milestones}" if milestones else ""

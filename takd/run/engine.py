@@ -7,7 +7,7 @@ import torch
 
 from takd.distill.evaluation import autocast, input_dtype, tf32
 from takd.distill.methods import CrossEntropy
-from takd.distill.teacher import Teacher
+from takd.distill.teacher import Teacher, Teachers
 from takd.images.split import Batch, Split
 from takd.run.distributed import Part, World
 
@@ -24,7 +24,13 @@ class TrainStep:
     """
 
     def __init__(
-        self, student: Any, method: Any, teacher: Teacher | None, optimizer: Any, split: Split, precision: str
+        self,
+        student: Any,
+        method: Any,
+        teacher: Teacher | Teachers | None,
+        optimizer: Any,
+        split: Split,
+        precision: str,
     ):
         self.student, self.method, self.teacher, self.optimizer = student, method, teacher, optimizer
         self.active_teacher = None if isinstance(method, CrossEntropy) else teacher

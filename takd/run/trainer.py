@@ -17,6 +17,7 @@ import torch
 from takd.config import nni_trial
 from takd.config.run_config import RunConfig
 from takd.distill import evaluation
+from takd.distill.teacher import members, path_of
 from takd.images.batches import batches, usual_workers
 from takd.images.split import Split, epoch_plan
 from takd.process import Stopped, StopSignals
@@ -47,7 +48,8 @@ class Trainer:
         self.config, self.splits, self.step, self.directory = config, splits, step, directory
         self.world, self.console, self.signals = context
         self.take_step: Any = step  # or a StepGraph in its place
-        self.path = [*(step.teacher.path if step.teacher else ()), config.student]
+        self.teachers = members(step.teacher)
+        self.path = [*path_of(self.teachers, config.teachers), config.student]
         self.epoch, self.steps_done = 0, 0  # the next step to train
         self.sums = EpochSums()
         self.best: Record | None = None  # the record of the best epoch so far
@@ -84,9 +86,10 @@ class Trainer:
         step.student.train()
         plan = epoch_plan(train, config.augment, config.seed, epoch)
         parts = self.world.parts(len(train), config.batch_size, self.steps_done)
-        if step.teacher and step.teacher.table and parts:
+        if parts and (tables := [teacher.table for teacher in self.teachers if teacher.table]):
             rows = torch.cat([torch.arange(part.rows.start, part.rows.stop) for part in parts])
-            step.teacher.table.expect(plan.order[rows], plan.views[rows])
+            for table in tables:
+                table.expect(plan.order[rows], plan.views[rows])
         workers = usual_workers() if config.workers is None else config.workers
         epoch_batches = batches(train, config.augment, plan, [part.rows for part in parts], workers)
         steps, self._saved = self.steps_done + len(parts), time.monotonic()
@@ -226,14 +229,15 @@ class Trainer:
         return summary
 
     def _summarise(self) -> Record:
-        config, teacher, records = self.config, self.step.teacher, self.directory.records()
+        config, records = self.config, self.directory.records()
+        scores = [teacher.accuracy_percent for teacher in self.teachers]
         assert self.best
         return {
             "model": config.student,
             "dataset": config.dataset,
             "path": self.path,
             "teacher": config.teacher,
-            "teacher_test_accuracy_percent": teacher.accuracy_percent if teacher else None,
+            "teacher_test_accuracy_percent": scores if len(scores) > 1 else scores[0] if scores else None,
             "method": config.method,
             "method_options": config.method_options,
             "recipe": config.recipe,

@@ -220,7 +220,7 @@ def test_losses_are_the_released_codes(teacher_cache, teacher_file):
     theirs = model_factory.create("resnet8", 10)
     theirs.load_state_dict(step.student.state_dict())
     if teacher:
-        train.attach_table(config, teacher, short, lambda line: None)
+        train.attach_tables(config, teacher, short, lambda line: None)
         assert (teacher.table is None) == (teacher_cache == "live")
     ours, epochs_of_batches, expected_rates = [], [], [0.01, 0.001]
     assert rates(config) == pytest.approx(expected_rates)

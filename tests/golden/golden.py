@@ -44,6 +44,7 @@ OPTIONS = {
     "sp": ["beta=30"],
     "rkd": ["beta=0.1"],
     "lskd": ["weight=1"],
+    "dgkd": ["drop=0.25"],
 }
 
 
@@ -69,8 +70,9 @@ def measure(case, folder):
     network, method = case.split(", ")
     command = [*COMMON, "--student", network, "--run-dir", str(folder)]
     if method != "alone":
-        teacher_file = shutil.copy(HERE / f"{network}.pth.tar", Path(folder).parent)  # its table is kept beside it
-        command += ["--teacher", network, "--teacher-checkpoint", teacher_file, "--method", method]
+        teachers = [*FAMILIES.values()] if method == "dgkd" else [network]
+        files = [shutil.copy(HERE / f"{each}.pth.tar", Path(folder).parent) for each in teachers]  # tables beside them
+        command += ["--teacher", *teachers, "--teacher-checkpoint", *files, "--method", method]
         command += ["--method-option", *OPTIONS[method]] if method in OPTIONS else []
     rows, summarise = [], engine.EpochSums.summary
 
