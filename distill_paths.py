@@ -44,6 +44,9 @@ def build_parser() -> flags.Parser:
     flag("--sizes", nargs="+", type=flags.network, metavar="NAME", help="networks, the teacher first, the student last")
     flag("--family", choices=tuple(plan.FAMILIES), help="the paper's sizes of a family")
     flag("--paths", nargs="+", metavar="A,B,C", help="only these paths, such as 110,20,8 (default: all)")
+    flag("--guidance", choices=("last", "all"), default="last",
+         help="each network learns from the last one above it on its path, or from all above it, by dgkd unless "
+         "--method names another")
     flag("--set", nargs="+", action="extend", metavar="SIZE:KEY=VALUE,...",
          help="settings of single steps: 8:temperature=5,lambda=.15 for each training of size 8, 20,8:... for those "
          "from 20, 110,20,8:... for that path; @FILE reads them from a file")
@@ -95,6 +98,8 @@ def read_arguments(argv: list[str]) -> Study:
         sizes = tuple(args.sizes or plan.FAMILIES.get(args.family) or plan.sizes_among(args.paths))
         note = plan.check_sizes(sizes)
         paths = plan.choose_paths(sizes, args.paths)
+        if args.guidance == "all" and max(map(len, paths)) < 3:
+            raise UserError("--guidance all: no path has an assistant, so that each network has one teacher at most")
         steps = [plan.parse_step(text, sizes, trainer) for text in args.set or ()]
         args.seeds = args.seeds or list(parser.defaults["seeds"])
         if len(set(args.seeds)) < len(args.seeds):
@@ -234,7 +239,7 @@ def on_slurm(study: Study, trainings: Sequence[Training]) -> int:
     """Submit, or with --dry-run print; returns the exit status."""
     args = study.args
     site = slurm.Site(**{key: getattr(args, key) for key in SITE})
-    own = {key: getattr(args, key) for key in ("sizes", "family", "paths", "set", "seeds", "runs", "jobs")}
+    own = {key: getattr(args, key) for key in ("sizes", "family", "paths", "guidance", "set", "seeds", "runs", "jobs")}
     words = flags.words({key: value for key, value in own.items() if value is not None} | study.common)
     submit: Any = slurm.Script(site, args.runs) if args.dry_run else slurm.Queue(site, args.runs, print)
     queued = {} if args.dry_run else submit.waiting()
@@ -257,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     study = read_arguments(sys.argv[1:] if argv is None else argv)
     args = study.args
     try:
-        trainings = plan.plan(args.runs, study.sizes, study.paths, args.seeds, study.common, study.steps)
+        trainings = plan.plan(args.runs, study.sizes, study.paths, args.seeds, study.common, study.steps, args.guidance)
         elsewhere = bool(args.slurm or args.dry_run)
         configs = {training: training.config(elsewhere) for training in trainings}
         if args.only:

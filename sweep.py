@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from takd.config import flags
+from takd.config import flags, run_config
 from takd.config.flags import number
 from takd.errors import UserError
 from takd.study import collect, ranking, slurm, space, sweep
@@ -98,8 +98,9 @@ def work(args: argparse.Namespace, searched: Sweep) -> int:
     from takd.study.search import Worker  # imports Optuna
 
     flags.device_name(args.common.get("cuda"))
-    if (teacher := args.common.get("teacher_checkpoint")) and not Path(teacher).is_file():
-        raise UserError(f"--teacher-checkpoint {teacher}: no such file")
+    for file in run_config.one_or_more(args.common.get("teacher_checkpoint")):
+        if not Path(file).is_file():
+            raise UserError(f"--teacher-checkpoint {file}: no such file")
     searched.record(args.trials)
     train = [sys.executable, str(HERE / "train.py")]
     if stopped := Worker(searched, train, args.jobs, lambda line: print(line, flush=True)).run():

@@ -15,8 +15,8 @@ FLAGS = {
         --checkpoint --cuda --dataset --dataset-dir --help --image-size --json --model --no-download --report
         --teacher --teacher-checkpoint""",
     "distill_paths.py": """
-        --account --cpus --dry-run --family --gpu-type --gpus --help --jobs --mem --memory --modules --only --pack
-        --paths --runs --sbatch --seeds --set --sizes --slurm --stage --time --venv""",
+        --account --cpus --dry-run --family --gpu-type --gpus --guidance --help --jobs --mem --memory --modules --only
+        --pack --paths --runs --sbatch --seeds --set --sizes --slurm --stage --time --venv""",
     "sweep.py": """
         --account --cpus --dry-run --gpu-type --help --jobs --mem --memory --modules --runs --sbatch --slurm --space
         --stage --time --trials --venv --workers""",

@@ -130,7 +130,8 @@ class RunConfig:
         given = {key: settings[key] for key in passed if key in settings and self._given(key)}
         given["student"] = network
         if above:
-            given = taught_by(above[0] if len(above) == 1 else above, given | self.learning)
+            given |= self.learning | {"teacher": above if len(above) > 1 else above[0]}
+            given = given if len(above) > 1 else of_one_teacher(given)
         if self.pretrained and any(map(names.torchvision_name, self.teachers)):
             given["pretrained"] = True
         given["seed"] = self.seed
@@ -183,13 +184,13 @@ def one_or_more(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
-def taught_by(teacher: str | list[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a training with its teachers. From one, dgkd is kd, under one name: the same training."""
-    settings = {**settings, "teacher": teacher}
-    if isinstance(teacher, str) and settings.get("method") == "dgkd":
+def of_one_teacher(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a network of a chain that has one teacher: its dgkd is kd, and so the same run in every chain."""
+    settings = dict(settings)
+    if settings["method"] == "dgkd":
         settings["method"] = "kd"
-        options = settings.pop("method_option", ())
-        if kept := [word for word in options if word.partition("=")[0].strip() != "drop"]:
+        words = settings.pop("method_option", ())
+        if kept := [word for word in words if word.partition("=")[0].strip() != "drop"]:
             settings["method_option"] = kept
     return settings
 

@@ -222,7 +222,10 @@ def group(runs: Iterable[Run]) -> list[Group]:
 # ---------------------------------------------------------------------------------------------------- studies
 @dataclass
 class Study:
-    """Paths from one teacher on one data set: {path: Group}, the sizes alone among them, and what was planned."""
+    """Paths from one teacher on one data set: {path: Group}, the sizes alone among them, and what was planned.
+
+    With guidance "all" each network of a path learned from all above it; the groups have their guided paths.
+    """
 
     folder: Path | None
     dataset: str
@@ -230,6 +233,7 @@ class Study:
     cells: dict[NetworkPath, Group]
     planned: dict[NetworkPath, int]  # number of seeds
     ambiguous: list[NetworkPath]  # paths run with several settings; the cells hold one of these
+    guidance: str = "last"
 
     @property
     def teacher(self) -> str:
@@ -241,7 +245,8 @@ class Study:
 
     @property
     def title(self) -> str:
-        return f"From {self.teacher} to {self.student} on {self.dataset}"
+        how = ", each network from all above it" if self.guidance == "all" else ""
+        return f"From {self.teacher} to {self.student} on {self.dataset}{how}"
 
     @property
     def ends(self) -> list[NetworkPath]:
@@ -270,32 +275,42 @@ class Study:
 
 
 def studies(found: Collection) -> list[Study]:
-    """The studies among runs: one per study folder, data set and teacher; other runs by data set, recipe and epochs.
-
-    A search's trials are in none.
+    """The studies among runs: one per study folder, data set, guidance and teacher; other runs by data set, recipe and
+    epochs. Networks alone and with one teacher belong to both guidances, a search's trials to none.
     """
     parts: dict[Any, list[Run]] = {}
     for run in [run for run in found.runs.values() if not run.search]:
         comparable = None if run.study else (run.config["recipe"], run.config["epochs"])
-        parts.setdefault((run.study, run.config["dataset"], comparable), []).append(run)
+        for guidance in _guidances(run.path):
+            parts.setdefault((run.study, run.config["dataset"], comparable, guidance), []).append(run)
     result = []
-    for (folder, dataset, _), members in parts.items():
-        planned = found.planned.get(folder, [])
-        paths = {run.path for run in members} | {path for path, _ in planned}
+    for (folder, dataset, _, guidance), members in parts.items():
+        mine = [(path, seed) for path, seed in found.planned.get(folder, []) if guidance in _guidances(path)]
+        planned = [(plan.networks(path), seed) for path, seed in mine]
+        paths = {plan.networks(run.path) for run in members} | {path for path, _ in planned}
+        if guidance == "all" and max(map(len, paths)) < 3:
+            continue
         for teacher in dict.fromkeys(path[0] for path in sorted(paths, key=len, reverse=True) if len(path) > 1):
             taught = {path for path in paths if path[0] == teacher and len(path) > 1}
             sizes = _sizes(taught)
-            of_it = [run for run in members if run.path in taught or (len(run.path) == 1 and run.path[0] in sizes)]
+            of_it = [run for run in members if plan.networks(run.path) in {*taught, *zip(sizes, strict=True)}]
             cells: dict[NetworkPath, Group] = {}
             ambiguous = []
             for candidate in sorted(group(of_it), key=lambda g: (len(g.finished), g.mean("best") or 0)):
-                if candidate.path in cells:
-                    ambiguous.append(candidate.path)
-                cells[candidate.path] = candidate
+                path = plan.networks(candidate.path)
+                if path in cells:
+                    ambiguous.append(path)
+                cells[path] = candidate
             wanted = [path for path, _ in planned if path in taught or (len(path) == 1 and path[0] in sizes)]
             seeds = {path: wanted.count(path) for path in wanted}
-            result.append(Study(folder, dataset, sizes, cells, seeds, ambiguous))
+            result.append(Study(folder, dataset, sizes, cells, seeds, ambiguous, guidance))
     return result
+
+
+def _guidances(path: NetworkPath) -> list[str]:
+    """The guidances of the studies that a path belongs to."""
+    networks = plan.networks(path)
+    return [name for name, form in {"last": networks, "all": plan.guided(networks)}.items() if path == form]
 
 
 def _sizes(paths: Iterable[NetworkPath]) -> NetworkPath:

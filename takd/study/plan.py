@@ -2,7 +2,8 @@
 
 A path is a tuple of networks, teacher first; a path of one is a network alone (the paper's NOKD). Every prefix of a
 path is one training, done once, so that five sizes need 16 trainings for all paths, and 4 more of networks alone. Each
-training is one run folder of train.py under the study's folder.
+training is one run folder of train.py under the study's folder. A network learns from the last one above it or, with
+guidance "all", from all of them (Son et al., ICCV 2021); its records then have the `guided` path.
 """
 
 import itertools
@@ -32,6 +33,17 @@ STUDY_FILE = "study.json"  # what was planned in a folder, so that a report know
 
 def arrows(path: Sequence[str]) -> str:
     return " > ".join(path)
+
+
+def guided(path: NetworkPath) -> NetworkPath:
+    """A path on which each network learns from all above it, as train.py records it: plane10 > plane10 + plane4 >
+    plane2 for plane10, plane4, plane2."""
+    return *(" + ".join(path[: i + 1]) for i in range(len(path) - 1)), path[-1]
+
+
+def networks(path: NetworkPath) -> NetworkPath:
+    """The networks of a path: of a guided one, those it was made of."""
+    return tuple(node.split(" + ")[-1] for node in path)
 
 
 # --------------------------------------------------------------------------------------------- sizes and paths
@@ -169,13 +181,24 @@ def settings_of(path: NetworkPath, common: dict[str, Any], steps: Iterable[Step]
 
 # ------------------------------------------------------------------------------------------------- the trainings
 class Training:
-    """One run of train.py in the plan: its folder, settings and progress."""
+    """One run of train.py in the plan: its folder, settings and progress. `above`: the trainings of its path before it,
+    of which it learns from the last, or with guidance "all" from each."""
 
     def __init__(
-        self, folder: Path, path: NetworkPath, seed: int, given: dict[str, Any], teacher: "Training | None"
+        self,
+        folder: Path,
+        path: NetworkPath,
+        seed: int,
+        given: dict[str, Any],
+        above: Sequence["Training"],
+        guidance: str = "last",
     ) -> None:
-        self.path, self.seed, self.teacher = path, seed, teacher
-        self.name = "-".join((*map(names.file_name, path), f"seed{seed}"))
+        self.path, self.seed = path, seed
+        self.teacher = above[-1] if above else None
+        self.teachers = above if guidance == "all" else above[-1:]
+        several = len(self.teachers) > 1
+        self.recorded_path = guided(path) if several else path
+        self.name = "-".join((*map(names.file_name, path), *["all"] * several, f"seed{seed}"))
         self.run = RunDirectory(Path(folder) / self.name)
         self.log = Path(folder) / "logs" / f"{self.name}.log"
         self._given = given
@@ -196,11 +219,12 @@ class Training:
     @property
     def arguments(self) -> list[str]:
         """For train.py."""
-        learn = (
-            {"teacher": self.teacher.path[-1], "teacher_checkpoint": self.teacher.checkpoint} if self.teacher else {}
-        )
+        learn = {
+            "teacher": [training.path[-1] for training in self.teachers],
+            "teacher_checkpoint": [training.checkpoint for training in self.teachers],
+        }
         own = {"seed": self.seed, "run_dir": self.run.path}
-        return flags.words({"student": self.path[-1], **learn, **self._given, **own})
+        return flags.words({"student": self.path[-1], **(learn if self.teachers else {}), **self._given, **own})
 
     def config(self, elsewhere: bool) -> RunConfig:
         """Its configuration. Ends with a usage error, or a UserError where its folder holds another run."""
@@ -219,15 +243,23 @@ def plan(
     seeds: Iterable[int],
     common: dict[str, Any],
     steps: Sequence[Step],
+    guidance: str = "last",
 ) -> list[Training]:
-    """All trainings of a study, teachers before their students; per seed the tree, then the other sizes alone."""
+    """All trainings of a study, teachers before their students; per seed the tree, then the other sizes alone.
+
+    With guidance "all" the method is dgkd, unless another is given.
+    """
     in_tree = tree(paths)
     alone = [(network,) for network in sizes[1:] if any(network in path for path in paths)]
     trainings: dict[tuple[NetworkPath, int], Training] = {}
     for seed in seeds:
         for path in (*in_tree, *alone):
             given = settings_of(path, common, steps)
-            trainings[path, seed] = Training(folder, path, seed, given, trainings.get((path[:-1], seed)))
+            if guidance == "all" and len(path) > 1:
+                given.setdefault("method", "dgkd")
+                given = given if len(path) > 2 else run_config.of_one_teacher(given)
+            above = [trainings[path[:length], seed] for length in range(1, len(path))]
+            trainings[path, seed] = Training(folder, path, seed, given, above, guidance)
     for step in steps:
         if not any(step.applies_to(path) for path, _ in trainings):
             raise UserError(f"--set {step.text}: no training of the plan ends with {','.join(step.ending)}")
@@ -238,7 +270,7 @@ def record(folder: Path, trainings: Iterable[Training]) -> None:
     """Record in the study's folder what is planned there, in addition to earlier plans."""
     Path(folder, "logs").mkdir(parents=True, exist_ok=True)
     with files.locked(Path(folder) / ".study.lock", f"the plan in {folder}", wait=True):  # by a job for another seed
-        mine = {training.name: {"path": training.path, "seed": training.seed} for training in trainings}
+        mine = {training.name: {"path": training.recorded_path, "seed": training.seed} for training in trainings}
         files.save_json({"trainings": read(folder) | mine}, Path(folder) / STUDY_FILE)
 
 

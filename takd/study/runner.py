@@ -114,7 +114,7 @@ class Runner:
         summary = training.run.read(training.run.summary_file)
         best, last = (summary[which]["test_accuracy_percent"] for which in ("best", "last"))
         outcome = f"{best:.2f} % at its best epoch, {last:.2f} % at its last, {duration(summary['seconds'])}"
-        say(f"{self.finished_count:>3}/{self.total}  {arrows(training.path)}, seed {training.seed}: {outcome}")
+        say(f"{self.finished_count:>3}/{self.total}  {arrows(training.recorded_path)}, seed {training.seed}: {outcome}")
 
 
 def exit_reason(status: int, log: Path) -> str:
@@ -148,7 +148,7 @@ class Progress:
                 (training.run.read(training.run.config_file) or {}).get("epochs"),
             )
             shares += done / epochs if epochs else 0
-            parts.append(f"{arrows(training.path)} {done}/{epochs or '?'}")
+            parts.append(f"{arrows(training.recorded_path)} {done}/{epochs or '?'}")
         failed = len(self.runner.failed)
         self.bar.n = self.runner.finished_count + shares
         self.bar.set_postfix_str(", ".join(parts) + f", {failed} failed" * bool(failed))

@@ -137,7 +137,7 @@ class Worker:
         with files.locked(self.sweep.claims / "teacher", f"run {teacher.path}", wait=True, say=self.say) as claim:
             if teacher.summary_file.exists():
                 return
-            self.say(f"teacher   {self.sweep.base.teacher}, for all trials")
+            self.say(f"teacher   {' + '.join(self.sweep.base.teachers)}, for all trials")
             with self.signals.deferred():
                 status = self._ended([self._start("teacher", self.sweep.teacher_arguments, claim)]).returncode
         if status and not self._is_stop(status):

@@ -25,6 +25,7 @@ def study_section(document: Document, found: Study, only: bool) -> None:
     published = {
         path: collect.published_for(found.dataset, path, found.cells[path].method if path in found.cells else "kd")
         for path in {*found.cells, *found.planned}
+        if found.guidance == "last" or len(path) < 3
     }
     paper = {path: cells["paper"] for path, cells in published.items() if "paper" in cells}
     beside = " and the paper's number" if paper else ""

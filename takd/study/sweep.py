@@ -3,7 +3,7 @@
     study.json       the command, the search space, the number of trials, and why trials failed
     journal.log      Optuna's journal of the settings drawn (takd/study/search.py)
     claims/          a lock per trial, held while a worker runs it
-    teacher/         the run that trains the trials' teacher
+    teacher/         the run that trains the trials' teacher; of several, the last one's, with the others inside it
     trials/NNN/      each trial, a run of train.py like any other
     logs/            their output
 
@@ -80,14 +80,24 @@ class Sweep:
         proposal = setting if seed is None else setting | {"seed": seed}
         given = self._common | run_config.proposed_settings(self._parser, self._common, proposal)
         if self.teacher:
-            summary = self.teacher.read(self.teacher.summary_file)  # None while the trials are only planned
-            name = Path(summary["checkpoint"]).name if summary else self.base.teacher_config().best_file.name
-            given["teacher_checkpoint"] = self.teacher.path / name
+            given["teacher_checkpoint"] = self.teacher_files
         return flags.words(given | {"run_dir": self.trial(number).path})
 
     @property
+    def teacher_files(self) -> list[Path]:
+        """The checkpoint of each teacher that is trained here."""
+        config = self.base
+        found: list[Path] = []
+        while config.teacher:
+            config = config.teacher_config()
+            run = RunDirectory(config.run_path)
+            summary = run.read(run.summary_file)  # None while the trials are only planned
+            found.insert(0, run.path / (Path(summary["checkpoint"]).name if summary else config.best_file.name))
+        return found
+
+    @property
     def teacher_arguments(self) -> list[str]:
-        """train.py's for the teacher."""
+        """train.py's for the teacher, the last of several; the others are trained first."""
         config = self.base.teacher_config()
         return [*run_config.command(config.record(), config.origins), "--run-dir", str(config.run_dir)]
 

@@ -16,7 +16,7 @@ INCIDENTAL = {
     *("teacher_checkpoint", "teacher_cache", "dataset_dir", "download", "workers", "cuda", "cuda_graph", "run_dir"),
     *("save_minutes", "json"),
 }
-UNRECORDED = {"device", "repeat", "measure", "origins"}
+UNRECORDED = {"device", "repeat", "measure", "learning", "origins"}
 
 
 def parse(command):
