@@ -16,7 +16,7 @@ from pathlib import Path
 from takd.config import flags
 from takd.config.flags import number
 from takd.errors import UserError
-from takd.study import collect, ranking
+from takd.study import arms, collect, ranking
 from takd.study.document import Document
 
 
@@ -55,8 +55,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError(f"--keep {args.keep}: give the file a name that ends in .jsonl")
             collect.keep(found, Path(args.keep))
             return print(f"kept      {len(runs)} runs in {args.keep}")
-        flags.check_packages("report.py", "matplotlib", "scipy")
-        from takd.study import sections  # matplotlib takes a second to import
+        flags.check_packages("report.py", "matplotlib")
+        from takd.study import answer, sections  # matplotlib takes a second to import
 
         if args.table is not None:
             groups = [group for group in collect.group(runs) if not args.table or group.path[-1] in args.table]
@@ -65,15 +65,18 @@ def main(argv: list[str] | None = None) -> None:
             return print(sections.compact_table(groups).markdown(), end="")
         place = Path(args.runs[0])
         document = Document(args.output or (place.parent / place.stem if place.suffix == ".jsonl" else place))
-        studies, searches = collect.studies(found), ranking.searches(found)
+        studies, searches, asked = collect.studies(found), ranking.searches(found), arms.questions(runs)
         only = len(studies) + len(searches) == 1
         if not only:
             document.heading("Runs", 1)
             document.text(f"{len(runs)} runs in {', '.join(map(str, args.runs))}.")
+            answers = answer.sections(document, asked)
         for each in studies:
             sections.study_section(document, each, only)
         for search in searches:
             sections.search_section(document, search, only)
+        if only:
+            answers = answer.sections(document, asked)
         sections.leaderboard(document, collect.group(runs))
         sections.cost_section(document, runs, args.price_per_hour)
         if found.unreadable:
@@ -83,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(flags.fail("report.py", error, 2))
     except (ImportError, OSError) as error:
         sys.exit(flags.fail("report.py", error, 1))
+    for line in filter(None, answers):
+        print(f"answer    {line}")
     print(f"report    {document.folder / 'report.html'} and report.md: {len(runs)} runs")
 
 

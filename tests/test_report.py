@@ -38,6 +38,9 @@ def test_means_differences_and_tests_are_right(three_seeds, call):
     assert differences["10 > 4 > 2"][1:3] == ["+1.00 ± 0.10", f"{expected:.3f}"]
     assert "Better than direct distillation by more than the noise between seeds: 10 > 4 > 2." in text
     assert "3 of 3" not in text and "partial" not in text
+    # At the last epoch 42.9 - 41, 44 - 42 and 43.6 - 41.5.
+    assert "Through 4 against direct, with an unknown number of training steps: +2.00 points [" in text
+    assert outcome.out.startswith("answer    Assistants help by 2.00 points (through 4, training steps not matched).")
 
 
 def test_unfinished_runs_are_marked_and_left_out_of_means(three_seeds, write_run, call):
@@ -94,18 +97,19 @@ def test_two_studies_of_the_same_networks_stand_apart(three_seeds, tmp_path, cal
         plan.record(folder, plan.plan(folder, SIZES, plan.choose_paths(SIZES, ()), (1, 2, 3), {}, []))
     assert call(report, three_seeds, tmp_path / "again", "--output", tmp_path / "both").status == 0
     text = (tmp_path / "both" / "report.md").read_text()
-    sections = text.split("## From plane10 to plane2 on digits")[1:]
+    first, *sections = text.split("## From plane10 to plane2 on digits")
+    assert "## Do assistants help? plane2 from plane10 on digits" in first and "a run of the same seed" in first
     assert len(sections) == 2 and "partial" not in text, "each is complete"
     for section in sections:
         assert [row[2] for row in rows_of(section, "### All paths")[2:]] == ["3"] * 4
     figures = re.findall(r"\]\((figures/.*?\.png)\)", text)
-    assert len(figures) == len(set(figures)) == 6 and all((tmp_path / "both" / name).exists() for name in figures)
+    assert len(figures) == len(set(figures)) == 7 and all((tmp_path / "both" / name).exists() for name in figures)
 
 
 def test_the_html_page_is_self_contained(three_seeds, call):
     assert call(report, three_seeds).status == 0
     page = (three_seeds / "report.html").read_text()
-    assert page.count("<svg") == 3 and not re.search(
+    assert page.count("<svg") == 4 and not re.search(
         r'(src|href)="(?!#)|url\((?!#)|@import', page.replace("xlink:href", "href")
     )
     ids = re.findall(r'\bid="([^"]+)"', page)
@@ -201,4 +205,4 @@ def test_a_browser_renders_the_page(three_seeds, call, tmp_path):
         colors = dict(map(reversed, image.convert("RGB").getcolors(1 << 24)))
     assert colors.get((217, 115, 13), 0) > 200, "the best path's mark is drawn"
     dom = browse("--dump-dom")
-    assert dom.count("<tr") > 20 and dom.count("</svg>") == 3
+    assert dom.count("<tr") > 20 and dom.count("</svg>") == 4
