@@ -84,7 +84,7 @@ class Arm:
     @property
     def steps(self) -> float | None:
         """Training steps below the teacher, per training image; None where an assistant's run is not recorded."""
-        assistants = {*self.path[1:-1], *self.teachers} - {self.path[0]}
+        assistants = {*_networks(self.path[1:-1]), *self.teachers} - {self.path[0]}
         if assistants - {config["student"] for config in self.trainings}:
             return None
         return sum(config["epochs"] / config["batch_size"] for config in self.trainings)
@@ -218,6 +218,11 @@ def arms_of(runs: Iterable[Run], above: Mapping[int, Lineage]) -> tuple[list[Arm
     return sorted(arms, key=lambda arm: (arm.assisted, len(arm.path), len(arm.teachers), arm.epochs)), repeated
 
 
+def _networks(path: Iterable[str]) -> list[str]:
+    """Of a path's nodes; several teachers of one network are a node such as plane10 + plane4."""
+    return [network for node in path for network in node.split(" + ")]
+
+
 def _settings(runs: Iterable[Run]) -> str:
     """What determined the runs' outcome, their seeds aside."""
     kept = [(run.path, {key: value for key, value in run.config.items() if key not in APART}) for run in runs]
@@ -226,15 +231,18 @@ def _settings(runs: Iterable[Run]) -> str:
 
 def _name(arms: Sequence[Arm]) -> None:
     """A name for each, with the settings that differ between arms of the same route."""
-    networks = list(dict.fromkeys(network for arm in arms for network in arm.path))
+    networks = list(dict.fromkeys(network for arm in arms for network in _networks(arm.path)))
     numbers = plan.one_family(networks)
+
+    def short(node: str) -> str:
+        return " + ".join(str(plan.size(network)) if numbers else network for network in _networks([node]))
+
     routes: dict[str, list[tuple[Arm, dict[str, str]]]] = {}
     for arm in arms:
-        short = {network: str(plan.size(network)) if numbers else network for network in [*arm.path, *arm.teachers]}
         if len(arm.teachers) > 1:
-            route = " and ".join(short[teacher] for teacher in arm.teachers) + " together"
+            route = " and ".join(map(short, arm.teachers)) + " together"
         else:
-            through = " > ".join(short[network] for network in arm.path[1:-1])
+            through = " > ".join(map(short, arm.path[1:-1]))
             route = f"through {through}" if through else "direct" if arm.teachers else "alone"
         routes.setdefault(route, []).append((arm, _words(arm)))
     for route, members in routes.items():

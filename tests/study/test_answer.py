@@ -14,7 +14,12 @@ from takd.study import answer, arms, collect
 from takd.study.document import Document
 
 KD = {"temperature": 4.0, "lambda": 0.5, "reduction": "batchmean"}
-TOGETHER = {"path": ("plane10", "plane4", "plane2"), "teacher": ["plane10", "plane4"], "method": "dgkd", "epochs": 20}
+TOGETHER = {
+    "path": ("plane10", "plane10 + plane4", "plane2"),
+    "teacher": ["plane10", "plane4"],
+    "method": "dgkd",
+    "epochs": 20,
+}
 # Of plane2 in every chain: its settings, and its accuracy. Assistants help by .8 points, longer training does not.
 ARMS = {
     "alone": ({"path": ("plane2",), "epochs": 10}, 44.0),
@@ -37,7 +42,7 @@ class Chains:
 
     def run(self, name, seed, accuracy, path, finished=True, chain=None, **settings):
         """A run s<seed>/<name> with this accuracy at its last epoch; its teacher is of the chain named, or its own."""
-        line = copy.deepcopy(self.real[path])
+        line = copy.deepcopy(self.real[tuple(node.split(" + ")[-1] for node in path)])
         place = f"runs/answer/s{seed}"
         config = line["config"] | {"seed": seed, "path": path, "run_dir": f"{place}/{name}"} | settings
         if len(path) > 1:
