@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from takd import process
 from takd.config import flags, names
 
 if __name__ == "__main__":  # usage errors are reported before torch is imported, which takes seconds
+    process.prepare_streams()
     ARGUMENTS = flags.download_parser(__doc__).parse_args()
     flags.check_packages("data_loader.py", "torch", "torchvision")
 
@@ -43,15 +45,7 @@ class Splits(NamedTuple):
 
 def load(config: RunConfig, say: Say) -> Splits:
     """A run's splits, on its device."""
-    splits = read(config.dataset, config.dataset_dir, config.download is not False, say, config.image_size or 0)
-    if config.validation_split:
-        if splits.validation:
-            fix = "leave out --validation-split"
-            raise UserError(f"{config.dataset_dir} has a val folder, which selects the epoch; {fix}")
-        train, validation = hold_out(splits.train, config.validation_split)
-        splits = splits._replace(train=train, validation=validation)
-    if config.train_images:
-        splits = splits._replace(train=fewer(splits.train, config.train_images))
+    splits = outline(config, pixels=True, say=say)
     splits = Splits(*(part and part.to(config.device) for part in splits))
     held_out = f", {len(splits.validation)} held out to select the epoch" if splits.validation else ""
     size = splits.train.image_size
@@ -60,14 +54,35 @@ def load(config: RunConfig, say: Say) -> Splits:
     return splits
 
 
+def outline(config: RunConfig, pixels: bool = False, say: Say = lambda line: None) -> Splits:
+    """A run's splits without their pixels, on the CPU: to check everything else before these are decoded or fetched."""
+    place, download = config.dataset_dir or "data", config.download is not False
+    splits = read(config.dataset, place, download, say, config.image_size or 0, pixels)
+    if config.validation_split:
+        if splits.validation:
+            fix = "leave out --validation-split"
+            raise UserError(f"{config.dataset_dir} has a val folder, which selects the epoch; {fix}")
+        train, validation = hold_out(splits.train, config.validation_split)
+        splits = splits._replace(train=train, validation=validation)
+    if config.train_images:
+        splits = splits._replace(train=fewer(splits.train, config.train_images))
+    return splits
+
+
 def read(
-    name: str, dataset_dir: str = "data", download: bool = True, say: Say = lambda line: None, image_size: int = 0
+    name: str,
+    dataset_dir: str = "data",
+    download: bool = True,
+    say: Say = lambda line: None,
+    image_size: int = 0,
+    pixels: bool = True,
 ) -> Splits:
     """The splits of a data set, on the CPU; networks get images of `image_size` (0: the data set's usual one).
 
     Looked for in this order: torchvision's layout in `dataset_dir`, class folders in `dataset_dir/<name>`, and a
     download if `download`. For the data set `folder`, `dataset_dir` itself holds the class folders, and a `val` beside
-    `test` becomes the validation part. Missing or damaged files are UserErrors with what to do.
+    `test` becomes the validation part. Missing or damaged files are UserErrors with what to do. Without `pixels` the
+    images are 1x1 and grey, and nothing is written.
     """
     name, place, files = names.dataset(name), Path(dataset_dir), {}
     spec = names.DATASETS[name]
@@ -75,11 +90,13 @@ def read(
     if name == "digits":
         arrays, classes = cifar_files.digits()
     elif name == "folder":
-        arrays, classes, files = folder.read(name, place, size, say)
+        arrays, classes, files = folder.read(name, place, size, say, pixels)
+    elif not pixels and ((place / cifar_files.FOLDERS[name]).is_dir() or not (place / name).is_dir()):
+        arrays, classes = cifar_files.outline(name)
     elif (place / cifar_files.FOLDERS[name]).is_dir():
         arrays, classes = cifar_files.read(name, place, say)
     elif (place / name).is_dir():
-        arrays, classes, _ = folder.read(name, place / name, spec.image_size, say)
+        arrays, classes, _ = folder.read(name, place / name, spec.image_size, say, pixels)
     else:
         arrays, classes = cifar_files.downloaded(name, place, download, say)
     mean, std = (spec.mean, spec.std) if size == spec.image_size else (names.IMAGENET_MEAN, names.IMAGENET_STD)

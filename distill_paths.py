@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from takd import files, process
 from takd.config import flags
 from takd.config.flags import number
 from takd.config.names import DATASETS
@@ -56,7 +57,8 @@ def build_parser() -> flags.Parser:
     flag("--only", nargs="+", metavar="RUN", help="only these trainings, no report (for packed SLURM jobs)")
     switch("--dry-run", "show plan, estimate and commands; train nothing")
     section("on this machine")
-    flag("--jobs", type=number(int, minimum=1), metavar="N", help="trainings at once (default: 1, or one per GPU)")
+    flag("--jobs", type=number(int, minimum=1, maximum=1000), metavar="N",
+         help="trainings at once (default: 1, or one per GPU)")
     flag("--gpus", nargs="+", metavar="ID", help="GPUs to spread the trainings over, such as 0 1")
     flags.slurm_flags(parser)
     flag("--pack", type=number(int, minimum=1), metavar="N", help="train up to N students of one teacher in one job")
@@ -105,8 +107,7 @@ def read_arguments(argv: list[str]) -> Study:
         if len(set(args.seeds)) < len(args.seeds):
             raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: each seed once")
         args.runs = Path(args.runs or parser.defaults["runs"])
-        if args.runs.exists() and not args.runs.is_dir():
-            raise UserError(f"--runs {args.runs} is a file; give a folder")
+        files.check_folder(args.runs, "--runs")
         check_places(args, common)
     except UserError as error:
         parser.error(str(error))
@@ -251,6 +252,16 @@ def on_slurm(study: Study, trainings: Sequence[Training]) -> int:
     return 0
 
 
+def check_fit(configs: Mapping[Training, RunConfig]) -> None:
+    """A UserError if networks, methods and images do not fit: not after the teachers have been trained for hours."""
+    flags.check_packages("distill_paths.py", "torch", "torchvision", "numpy")
+    import train  # and torch, which takes seconds
+
+    left = {training.path: config for training, config in configs.items() if not training.finished}
+    for config in left.values():
+        train.check_fit(config.replace(teacher_checkpoint=None))
+
+
 def chosen(only: Sequence[str], trainings: Sequence[Training]) -> list[Training]:
     known = {training.name: training for training in trainings}
     if unknown := [name for name in only if name not in known]:
@@ -267,7 +278,9 @@ def main(argv: list[str] | None = None) -> None:
         configs = {training: training.config(elsewhere) for training in trainings}
         if args.only:
             trainings = chosen(args.only, trainings)
-        elif not args.dry_run:
+        if not elsewhere:
+            check_fit(configs)
+        if not args.only and not args.dry_run:
             plan.record(args.runs, trainings)
         if args.slurm:
             sys.exit(on_slurm(study, trainings))
@@ -283,4 +296,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    process.prepare_streams()
     main()

@@ -13,12 +13,12 @@ CSV, JSON, PNG and SVG.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from takd import files, process
 from takd.config import flags, names
 from takd.errors import UserError
 
@@ -31,7 +31,8 @@ def build_parser() -> flags.Parser:
     flag("--model", type=flags.network, metavar="NAME", help="the network in the files, if they do not name it")
     flag("--dataset", type=flags.dataset, metavar="NAME", help=f"{' '.join(names.DATASETS)} (default: the file's own)")
     flag("--dataset-dir", default="./data", metavar="DIR", help="where the data set is, or is downloaded to")
-    flag("--image-size", type=flags.number(int, minimum=8), metavar="N", help="input size, if a file lacks it")
+    flag("--image-size", type=flags.number(int, minimum=8, maximum=1024), metavar="N",
+         help="input size, if a file lacks it")
     switch("--no-download", "never download a data set")
     flag("--teacher-checkpoint", metavar="FILE", help="a teacher to compare with: agreement and savings")
     flag("--teacher", type=flags.network, metavar="NAME", help="the network in the teacher's file, if unnamed")
@@ -51,11 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if args.teacher and not args.teacher_checkpoint:
             raise UserError("--teacher needs --teacher-checkpoint")
         if args.report is not None:
-            folder = Path(args.report)
-            there = next(path for path in (folder, *folder.parents) if path.exists())
-            if not there.is_dir() or not os.access(there, os.W_OK):
-                state = "not a folder" if not there.is_dir() else "read-only"
-                raise UserError(f"--report {folder}: {there} is {state}; give another folder")
+            files.check_folder(args.report, "--report")
         args.device = flags.device_name(args.cuda)
     except UserError as error:
         sys.exit(flags.fail("evaluate.py", error, 2))
@@ -63,6 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":  # usage errors are reported before torch is imported, which takes seconds
+    process.prepare_streams()
     ARGUMENTS = parse(sys.argv[1:])
     flags.check_packages(
         "evaluate.py", "torch", "torchvision", "numpy", *(("sklearn", "matplotlib") if ARGUMENTS.report else ())
@@ -136,14 +134,14 @@ def evaluate(
     if dataset is None:
         raise UserError(f"{path} does not record its data set; name it with --dataset")
     key = dataset, metadata["image_size"]
+    options = {"download": args.download is not False, "image_size": metadata["image_size"] or 0}
+    outline = splits.get(key) or data_loader.read(dataset, args.dataset_dir, pixels=False, **options).test
+    if metadata["classes"] != len(outline.classes):
+        raise UserError(f"{path} was trained for {metadata['classes']} classes; {dataset} has {len(outline.classes)}")
     if key not in splits:
-        read = data_loader.read(
-            dataset, args.dataset_dir, args.download is not False, warn, metadata["image_size"] or 0
-        )
-        splits[key] = read.test.to(torch.device(args.device))
+        test = data_loader.read(dataset, args.dataset_dir, say=warn, **options).test
+        splits[key] = test.to(torch.device(args.device))
     test = splits[key]
-    if metadata["classes"] != len(test.classes):
-        raise UserError(f"{path} was trained for {metadata['classes']} classes; {dataset} has {len(test.classes)}")
     network.to(test.device, memory_format=torch.channels_last)
     transform = Transform(tuple(metadata["mean"]), tuple(metadata["std"]), test.image_size)
     logits = in_order(evaluation.predict(network, test, transform), path, metadata, dataset, test)

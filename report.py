@@ -13,6 +13,7 @@ Reads what train.py recorded (config.json, metrics.jsonl, summary.json); neither
 import sys
 from pathlib import Path
 
+from takd import files, process
 from takd.config import flags
 from takd.config.flags import number
 from takd.errors import UserError
@@ -26,7 +27,8 @@ def build_parser() -> flags.Parser:
         "runs", nargs="+", metavar="RUNS", help="folders with runs, at any depth, or .jsonl files made by --keep"
     )
     parser.flag("--output", metavar="DIR", help="the report's folder (default: the first of RUNS, or beside a file)")
-    parser.flag("--price-per-hour", type=number(float, minimum=0), metavar="N", help="machine price, to report costs")
+    price = number(float, minimum=0, maximum=10**6)
+    parser.flag("--price-per-hour", type=price, metavar="N", help="machine price, to report costs")
     parser.flag("--keep", metavar="FILE", help="write the runs' records to this .jsonl file, and no report")
     about = "print the finished runs (of these networks) as one Markdown table, and write no report"
     parser.flag("--table", nargs="*", type=flags.network, metavar="NETWORK", help=about)
@@ -42,6 +44,12 @@ def main(argv: list[str] | None = None) -> None:
         ]
         if len(instead) > 1 or (instead and unused):
             raise UserError(f"{instead[0]} writes no report: {[*instead[1:], *unused][0]} has no effect; leave one out")
+        if args.keep:
+            files.check_folder(Path(args.keep).parent, "--keep")
+            if Path(args.keep).suffix != ".jsonl" or (Path(args.keep).exists() and not Path(args.keep).is_file()):
+                raise UserError(f"--keep {args.keep}: give a file whose name ends in .jsonl")
+        elif args.output:
+            files.check_folder(args.output, "--output")
         found = collect.collect(args.runs)
         runs = list(found.runs.values())
         if not runs:
@@ -51,8 +59,6 @@ def main(argv: list[str] | None = None) -> None:
         for line in found.unreadable:
             print(f"warning: left out {line}", file=sys.stderr)
         if args.keep:
-            if Path(args.keep).suffix != ".jsonl":
-                raise UserError(f"--keep {args.keep}: give the file a name that ends in .jsonl")
             collect.keep(found, Path(args.keep))
             return print(f"kept      {len(runs)} runs in {args.keep}")
         flags.check_packages("report.py", "matplotlib")
@@ -92,4 +98,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    process.prepare_streams()
     main()

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from takd import files, process
 from takd.config import flags, run_config
 from takd.config.flags import number
 from takd.errors import UserError
@@ -32,14 +33,14 @@ SITE = tuple(slurm.Site.__dataclass_fields__)  # settings that are sbatch's
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(__doc__)
-    flag, whole = parser.flag, number(int, minimum=1)
+    flag, whole, some = parser.flag, number(int, minimum=1, maximum=10**6), number(int, minimum=1, maximum=1000)
     parser.section("search")
     flag("--runs", metavar="DIR", default="runs/sweep", help="folder for the trials, the teacher and the report")
     flag("--space", metavar="FILE", help="search space, in NNI's format (default: the suite's search_space.json)")
     flag("--trials", type=whole, metavar="N", default=120, help="trainings in total, counting each seed of a setting")
-    flag("--jobs", type=whole, metavar="N", default=1, help="trainings at once in each worker")
+    flag("--jobs", type=some, metavar="N", default=1, help="trainings at once in each worker")
     flags.slurm_flags(parser)
-    flag("--workers", type=whole, metavar="N", help="number of workers, the tasks of a job array (default: 1)")
+    flag("--workers", type=some, metavar="N", help="number of workers, the tasks of a job array (default: 1)")
     parser.switch("--dry-run", "print the commands of --slurm; submit nothing")
     return parser
 
@@ -56,6 +57,7 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     args.common, _ = flags.train_parser().given(passed_on)
     args.runs, args.space = Path(args.runs), args.space or HERE / "search_space.json"
     try:
+        files.check_folder(args.runs, "--runs")
         if owned := [key for key in sweep.OWNED if key in args.common]:
             hints = {"repeat": "let the search space have seeds", "run_dir": "use --runs"}
             fix = hints.get(owned[0], "leave it out")
@@ -94,16 +96,19 @@ def show(folder: Path) -> sweep.State:
 
 def work(args: argparse.Namespace, searched: Sweep) -> int:
     """Be a worker until no trial is left; returns the exit status."""
+    flags.check_packages("sweep.py", "torch", "torchvision", "numpy")
     flags.check_packages("sweep.py", "optuna", file="requirements-sweep.txt")
-    from takd.study.search import Worker  # imports Optuna
+    import train  # torch, which takes seconds
+    from takd.study.search import Worker  # Optuna
 
     flags.device_name(args.common.get("cuda"))
     for file in run_config.one_or_more(args.common.get("teacher_checkpoint")):
         if not Path(file).is_file():
             raise UserError(f"--teacher-checkpoint {file}: no such file")
+    train.check_fit(searched.base)
     searched.record(args.trials)
-    train = [sys.executable, str(HERE / "train.py")]
-    if stopped := Worker(searched, train, args.jobs, lambda line: print(line, flush=True)).run():
+    command = [sys.executable, str(HERE / "train.py")]
+    if stopped := Worker(searched, command, args.jobs, lambda line: print(line, flush=True)).run():
         print(f"stopped by {signal.Signals(stopped).name}; the same command continues")
         return 128 + stopped
     state = show(args.runs)
@@ -161,4 +166,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    process.prepare_streams()
     main()

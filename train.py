@@ -26,6 +26,7 @@ from takd.config.run_config import RunConfig
 from takd.run import launch
 
 if __name__ == "__main__":  # usage errors are reported before torch is imported, which takes seconds
+    process.prepare_streams()
     STDOUT = sys.stdout  # importing nni in a trial replaces it
     with process.rank_zero_output():
         CONFIG = run_config.parse(sys.argv[1:], __doc__)
@@ -40,6 +41,7 @@ from torch import nn
 import data_loader
 import model_factory
 from takd.distill import evaluation, methods
+from takd.distill.logit_table import choose_cache, features_cache
 from takd.distill.methods import Logits
 from takd.distill.teacher import Teacher, Teachers, members
 from takd.errors import UserError
@@ -51,11 +53,12 @@ from takd.process import Stopped, StopSignals
 from takd.run import checkpoint, engine
 from takd.run.console import Console, setup_lines
 from takd.run.cuda_graph import WARM_UP, StepGraph
-from takd.run.distributed import join, part_of
+from takd.run.distributed import World, join, part_of
 from takd.run.engine import TrainStep
 from takd.run.run_directory import RunDirectory
 from takd.run.trainer import Context, Trainer, outcome_line
 
+ITS_OWN = "its own run"  # the origin of the checkpoint of a teacher that was trained first
 SMALLER = "a smaller --batch-size, --teacher-cache live, or fewer runs at once (--jobs) need less"
 
 
@@ -74,16 +77,20 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(flags.fail("train.py", error, 1))
     stream = sys.stderr if config.json else sys.stdout
     console = Console(stream if world.is_rank_zero else open(os.devnull, "w"))
+    summaries: list[dict[str, Any]] = []
     try:
         with StopSignals() as signals:
             context = Context(world, console, signals)
+            check_folders(config, world)
             if config.teacher and not config.teacher_checkpoint:
                 config = train_teacher_first(config, context)
-            summaries = [run(each, context) for each in config.repetitions()]
+            for each in config.repetitions():
+                summaries.append(run(each, context))
     except Stopped as stop:
         world.end(stop.code)
     except UserError as error:
-        world.end(flags.fail("train.py", error, 2) if world.claims_error() else 2)
+        status = 1 if summaries or config.origins.get("teacher_checkpoint") == ITS_OWN else 2  # 2: nothing was written
+        world.end(flags.fail("train.py", error, status) if world.claims_error() else status)
     except (engine.Diverged, OSError, MemoryError) as error:
         world.end(flags.fail("train.py", error, 1) if world.claims_error() else 1)
     except torch.cuda.OutOfMemoryError as error:
@@ -125,6 +132,7 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
         console.say(f"finished  {directory.path} (best {outcome_line(summary)})")
         return summary
 
+    check_fit(config)
     splits = world.rank_zero_first(lambda: data_loader.load(config, console.say))
     precision, cpu, teacher = actual_precision(config, recorded), cpu_annex(config), None
     for line in hardware_notes(config.device, precision, world.size, splits.train.image_size):
@@ -132,6 +140,9 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
     if config.teacher:
         teacher = world.rank_zero_first(lambda: load_teacher(config, splits, precision, cpu, console.say))
     step = assemble(config, splits.train, teacher, precision, cpu)
+    wants_table = teacher and (step.active_teacher or config.teacher_cache != "auto")
+    for each, file in zip(members(teacher), config.teacher_checkpoints, strict=True) if wants_table else ():
+        each.choose_table(splits.train, config.augment, config.teacher_cache, file)
 
     with directory.claim(wait, console.say) if world.is_rank_zero else contextlib.nullcontext():
         recorded, summary = world.broadcast(earlier)  # whoever held the lock may have finished it, or was stopped
@@ -141,7 +152,9 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
             console.say(line)
         trainer = Trainer(config, splits, step, directory, context)
         trainer.resume(recorded, {"processes": world.size} | ({"kernels": cpu.kernels.version()} if cpu else {}))
-        if teacher and (step.active_teacher or config.teacher_cache != "auto"):
+        for each in members(teacher) if world.is_rank_zero else ():
+            each.keep_score()
+        if teacher and wants_table:
             world.rank_zero_first(lambda: attach_tables(config, teacher, splits.train, console.say))
         step.distribute(world)
         trainer.take_step = step_graph(config, step, world.size, console.say) or step
@@ -159,11 +172,10 @@ def train_teacher_first(config: RunConfig, context: Context) -> RunConfig:
 
     Of several teachers the last is trained, as the student of those before it, for which the same holds.
     """
-    if config.run_dir:
-        for each in config.repetitions():
-            context.world.broadcast(lambda each=each: RunDirectory(each.run_path).check(each.identity()))
-    check_method(config)
-    last = config.teacher_config()
+    check_folders(config, context.world)
+    train, last = check_fit(config), config.teacher_config()
+    if not getattr(methods.find(config.method), "needs_features", True) and not last.best_file.exists():
+        choose_cache(train, config.augment, config.teacher_cache, last.best_file / "table")
     if last.teacher:
         last = train_teacher_first(last, context)
     else:
@@ -171,7 +183,13 @@ def train_teacher_first(config: RunConfig, context: Context) -> RunConfig:
     summary = run(last, context, wait=True)
     context.console.say(f"Training the student {config.student}:")
     files = [*last.teacher_checkpoints, summary["checkpoint"]]
-    return config.replace("its own run", teacher_checkpoint=files if last.teacher else files[0])
+    return config.replace(ITS_OWN, teacher_checkpoint=files if last.teacher else files[0])
+
+
+def check_folders(config: RunConfig, world: World) -> None:
+    """A UserError if one of the run's folders, known where --run-dir is given, holds another run."""
+    for each in config.repetitions() if config.run_dir else ():
+        world.broadcast(lambda each=each: RunDirectory(each.run_path).check(each.identity()))
 
 
 def with_digests(config: RunConfig) -> RunConfig:
@@ -235,10 +253,8 @@ def load_teacher(
     return Teachers(loaded) if len(loaded) > 1 else loaded[0]
 
 
-def load_frozen(
-    config: RunConfig, name: str, file: str, train: Split, precision: str, cpu: Any
-) -> tuple[Teacher, float | None]:
-    """(a checkpoint's network, frozen; the test accuracy that it records for these images)."""
+def teacher_network(config: RunConfig, name: str, file: str, train: Split) -> tuple[Any, Transform, dict[str, Any]]:
+    """(network, transform, metadata) of a checkpoint; a UserError unless it was trained for these classes."""
     network, metadata = model_factory.load(file, name)
     class_names = metadata.get("class_names")
     if metadata["classes"] != len(train.classes):
@@ -251,6 +267,14 @@ def load_frozen(
         what = f"other classes than those of {config.dataset_dir}"
         raise UserError(f"{file} was trained on {what}: train its teacher there")
     transform = Transform(tuple(metadata["mean"]), tuple(metadata["std"]), metadata["image_size"] or train.image_size)
+    return network, transform, metadata
+
+
+def load_frozen(
+    config: RunConfig, name: str, file: str, train: Split, precision: str, cpu: Any
+) -> tuple[Teacher, float | None]:
+    """(a checkpoint's network, frozen; the test accuracy that it records for these images)."""
+    network, transform, metadata = teacher_network(config, name, file, train)
     needs_features = getattr(methods.find(config.method), "needs_features", True)
     teacher = Teacher(network, transform, train, precision, needs_features, cpu and cpu.pack)
     teacher.path = metadata.get("path", [name])
@@ -264,8 +288,7 @@ def assemble(
     """The optimisation step of a run: its student, method and optimizer."""
     torch.manual_seed(config.seed)
     torch.backends.cudnn.benchmark = True  # a run has few shapes, which recur
-    pretrained = bool(config.pretrained and names.torchvision_name(config.student))
-    student = model_factory.create(config.student, len(train.classes), train.image_size, pretrained)
+    student = model_factory.create(config.student, len(train.classes), train.image_size, pretrained(config))
     if config.initialisation:
         model_factory.INITIALISATIONS[config.initialisation](student)
     check_smallest_batch(config, student, train)
@@ -290,6 +313,11 @@ def assemble(
     return TrainStep(student, method, teacher, optimizer, train, precision)
 
 
+def pretrained(config: RunConfig) -> bool:
+    """Whether the student, and not only a teacher trained first, begins with torchvision's weights."""
+    return bool(config.pretrained and names.torchvision_name(config.student))
+
+
 def build_method(config: RunConfig, student: Any, teachers: Sequence[tuple[Any, Transform]], train: Split) -> nn.Module:
     """The run's method, its parameters sized by the networks' Features of two images, each normalised for it."""
     images = train.take(torch.arange(2))
@@ -302,13 +330,24 @@ def build_method(config: RunConfig, student: Any, teachers: Sequence[tuple[Any, 
     return methods.build(config.method, config.method_options, own, teacher, train.labels)
 
 
-def check_method(config: RunConfig) -> None:
-    """A UserError if the method does not fit these networks, found with random weights before a teacher is trained."""
-    split = data_loader.random_split(config.dataset, config.image_size)
-    student, *teachers = (
-        model_factory.create(each, len(split.classes), split.image_size) for each in (config.student, *config.teachers)
-    )
-    build_method(config, student, [(teacher, split.transform) for teacher in teachers], split)
+def check_fit(config: RunConfig) -> Split:
+    """The training images without their pixels. A UserError if networks, method and images do not fit each other: found
+    before images are decoded or fetched and before a teacher is trained, which has random weights here."""
+    train = data_loader.outline(config).train
+    student = model_factory.create(config.student, len(train.classes), train.image_size, pretrained(config))
+    check_smallest_batch(config, student, train)
+    teachers = []
+    if config.teacher_checkpoint:
+        pairs = zip(config.teachers, config.teacher_checkpoints, strict=True)
+        teachers = [teacher_network(config, name, file, train)[:2] for name, file in pairs]
+    else:
+        made = (model_factory.create(name, len(train.classes), train.image_size) for name in config.teachers)
+        teachers = [(network, train.transform) for network in made]
+    if teachers:
+        build_method(config, student, teachers, train)
+        if getattr(methods.find(config.method), "needs_features", True):
+            features_cache(str(config.teacher_cache))
+    return train
 
 
 def check_smallest_batch(config: RunConfig, student: nn.Module, train: Split) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import stat
 import sys
 import time
 import traceback
@@ -21,7 +22,41 @@ Say = Callable[[str], None]  # prints a line for the user
 ROOT = Path(__file__).resolve().parents[1]  # the suite's folder, where its commands are
 
 
+# -------------------------------------------------------------------------------------------------- reading
+def read_bytes(path: str | Path) -> bytes:
+    """A regular file's contents. Anything else is an OSError: a named pipe would be waited for."""
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a file", str(path))
+        return file.read()
+
+
+def read_text(path: str | Path) -> str:
+    """A regular file's text; a ValueError where it is not UTF-8."""
+    contents = read_bytes(path)
+    try:
+        if b"\0" not in contents:
+            return contents.decode()
+    except UnicodeDecodeError:
+        pass
+    raise ValueError("it is not text (UTF-8)")
+
+
+def printable(text: str) -> str:
+    """The text with escapes in place of what cannot be shown: control characters, and a file name's bytes that are not
+    UTF-8."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 # -------------------------------------------------------------------------------------------------- writing
+def check_folder(path: str | Path, flag: str) -> None:
+    """A UserError unless this folder exists and can be written, or can be made."""
+    there = next(each for each in (Path(path), *Path(path).absolute().parents) if os.path.lexists(each))
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        state = "not a folder" if not there.is_dir() else "read-only"
+        raise UserError(f"{flag} {path}: {there} is {state}; give another folder")
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path that replaces `path` when the block ends without an error: readers see the old or the new."""
@@ -122,9 +157,9 @@ def import_class(name: str) -> Any:
     which only imports inside functions find first.
     """
     file, _, class_name = name.strip().rpartition(":")
-    path = Path(file).resolve()
+    path = Path(os.path.realpath(file))
     try:
-        key = path, path.read_bytes()
+        key = path, read_bytes(path)
     except OSError as error:
         reason = {errno.EISDIR: "a folder", errno.ENOENT: "no such file"}.get(error.errno or 0, error.strerror)
         raise UserError(f"{file} cannot be read ({reason}); give FILE.py:CLASS") from None

@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import signal
+import sys
 import time
 from typing import NamedTuple
 
@@ -33,6 +34,17 @@ def place() -> Place:
     if size < 2 or not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         return Place()
     return Place(rank, size, local_rank, local_size)
+
+
+def prepare_streams() -> None:
+    """Let every command print to its end: into nothing where a standard stream is closed, and with escapes in place of
+    letters that the stream's encoding lacks."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)  # or a file opened later takes the number, and a library prints into it
+    os.close(descriptor)
+    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def srun_tasks() -> int:

@@ -59,7 +59,7 @@ def same_weights(state, other):
 
 def listing(folder):
     """Every file below a folder with its modification time, to find out what was written."""
-    return {path: path.stat().st_mtime_ns for path in sorted(Path(folder).rglob("*"))}
+    return {path: path.lstat().st_mtime_ns for path in sorted(Path(folder).rglob("*"))}
 
 
 def parse_command(script, argv):

@@ -93,7 +93,9 @@ def test_only_train_py_imports_takd_cpu():
 def test_takd_imports_no_module_of_the_top_and_nothing_imports_a_command():
     top = {Path(file).stem for file in TOP}
     assert [(file, name) for file in TAKD for name in IMPORTS[file] if package(name) in top] == []
-    assert [(file, name) for file in TOP for name in IMPORTS[file] if package(name) in COMMANDS] == []
+    others = {file: {name for name in IMPORTS[file] if package(name) in COMMANDS} for file in TOP}
+    studies = {"distill_paths.py": {"train"}, "sweep.py": {"train"}}  # they check all their trainings before the first
+    assert {file: names for file, names in others.items() if names} == studies
 
 
 def test_imports_between_layers_are_few():

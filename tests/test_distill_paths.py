@@ -117,6 +117,8 @@ def test_flags_of_train_reach_every_training(call):
         ("--family plane --gpus 0 --cuda 0", "contradict"),
         ("--family plane --gpus 99", "this machine has"),
         ("--family plane --only plane9-seed1", "not a training of this plan"),
+        ("--family plane --set 2:milestones='1", "No closing quotation"),
+        ("--sizes resnet8 plane2 --method fsp", "channels in the student"),
     ],
 )
 def test_usage_errors_of_a_study_are_one_line(call, tmp_path, argv, message):
@@ -135,6 +137,23 @@ def test_two_families_are_allowed_with_a_note(call):
     sizes = ("resnet20", "plane10", "plane2")
     outcome = call(distill_paths, "--sizes", *sizes, "--dataset", "digits", "--slurm", "--dry-run")
     assert outcome.status == 0 and "sizes of 2 families (resnet, plane)" in outcome.out
+
+
+@pytest.mark.parametrize("kind", ["itself", "binary", "pipe"])
+def test_an_arguments_file_that_is_none_is_one_line(call, tmp_path, kind):
+    file = tmp_path / kind
+    os.mkfifo(file) if kind == "pipe" else file.write_bytes(b"\xff\0" if kind == "binary" else f"@{file}".encode())
+    outcome = call(distill_paths, f"@{file}", "--runs", tmp_path / "runs")
+    assert outcome.status == 2 and "arguments file" in outcome.err and outcome.err.count("\n") == 1, outcome
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("runs", ["loop", "loop/runs", "pipe", "pipe/runs"])
+def test_a_place_that_can_hold_no_runs_is_one_line(call, tmp_path, runs):
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    outcome = call(distill_paths, *"--family plane --dataset digits --runs".split(), tmp_path / runs)
+    assert outcome.status == 2 and "is not a folder" in outcome.err and outcome.err.count("\n") == 1, outcome
 
 
 def test_without_sbatch_slurm_is_refused(run_command, tmp_path):

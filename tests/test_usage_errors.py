@@ -2,13 +2,15 @@
 
 import os
 import re
+import shutil
 
 import pytest
 import torch
 from conftest import listing
 
+import model_factory
 import train
-from takd.distill import evaluation
+from takd.distill import evaluation, logit_table
 from takd.errors import UserError
 
 FEW = ("--student", "plane2", "--dataset", "digits")
@@ -92,6 +94,20 @@ USAGE_ERRORS = {
     "open quote in an arguments file": (["@quote.txt"], "quotation"),
     "arguments file that includes itself": (["@self.txt"], "includes itself"),
     "binary arguments file": (["@binary.txt"], "UTF-8"),
+    "named pipe as an arguments file": (["@pipe"], "not a file"),
+    "link to itself as an arguments file": (["@loop"], "symbolic links"),
+    "empty value": (["--teacher", "plane4", "--teacher-checkpoint", ""], "has no value"),
+    "name that is not UTF-8": (["--run-dir", "caf\udce9"], "'caf\\udce9' is not UTF-8"),
+    "rate that would overflow": (["--learning-rate-decay", "1e300"], "at most 1"),
+    "temperature that would overflow": (["--teacher", "plane4", "--temperature", "1e200"], "at most 1000"),
+    "a thousand million runs": (["--repeat", "1000000000"], "at most 1000"),
+    "a hundred thousand processes": (["--augment", "rotate-crop-flip", "--workers", "100000"], "at most 256"),
+    "an embedding that fits nowhere": (
+        ["--teacher", "plane4", "--method", "crd", "--method-option", "dimensions=1000000000"],
+        "at most 4096",
+    ),
+    "method in a named pipe": (["--teacher", "plane4", "--method", "pipe:Mine"], "pipe cannot be read"),
+    "class that is no method": (["--teacher", "plane4", "--method", "nets.py:Net"], "is a torch.nn.Module"),
 }
 
 
@@ -99,6 +115,8 @@ USAGE_ERRORS = {
 def test_usage_errors_are_one_line_and_need_no_heavy_import(case, tmp_path, run_command, nothing_heavy):
     (tmp_path / "quote.txt").write_text("--epochs '3\n")
     (tmp_path / "self.txt").write_text("@self.txt\n")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "nets.py").write_text("class Net:\n    pass\n")
     (tmp_path / "wrong.py").write_text("class Net(:\n")
@@ -172,6 +190,46 @@ def test_errors_found_when_files_are_read_are_one_line(argv, message, tmp_path, 
     outcome = call(train, *tiny, *argv, "--run-dir", "run")
     assert (outcome.status, outcome.err.count("\n")) == (2, 1) and message in outcome.err
     assert not list(tmp_path.iterdir())
+
+
+TAUGHT = ("--teacher", "resnet8", "--student", "plane2")
+REFUSED = {  # what a run is refused for once torch is imported, with a teacher's file or one that is to be trained
+    "method that does not fit": ("--method fsp", "every other method works"),
+    "table that the method does not use": ("--method at --teacher-cache full", "the table holds logits"),
+    "table without room": ("--teacher-cache full", "has 0.0 MB free"),
+    "network too deep for the images": ("--student cnn5 --image-size 16", "too small for this network"),
+    "last batch of one image": ("--student torchvision:shufflenet_v2_x0_5 --batch-size 1437", "leaves one of 1438"),
+    "more images than there are": ("--train-images 5000", "there are 1438 images"),
+}
+
+
+@pytest.mark.parametrize("trained_first", [True, False])
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    case, trained_first, tmp_path, call, tiny, monkeypatch
+):
+    argv, message = REFUSED[case]
+    monkeypatch.setattr(logit_table, "free_bytes", lambda folder: 1000)
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "teacher.pth.tar"
+    if not trained_first:
+        torch.save({"model_state_dict": model_factory.create("resnet8", 10).state_dict()}, file)
+    given = () if trained_first else ("--teacher-checkpoint", file)
+    before = listing(tmp_path)
+    monkeypatch.setattr(evaluation, "chance_percent", lambda labels: -1.0)  # any teacher will do
+    outcome = call(train, *tiny, *TAUGHT, *given, *argv.split(), "--run-dir", "run")
+    assert (outcome.status, outcome.err.count("\n")) == (2, 1) and message in outcome.err, outcome
+    assert listing(tmp_path) == before
+
+
+def test_images_are_not_decoded_for_a_run_that_is_refused(tmp_path, call, tiny, photographs):
+    folder = shutil.copytree(photographs, tmp_path / "three", ignore=shutil.ignore_patterns("takd-decoded*"))
+    before = listing(folder)
+    data = ("--dataset", "folder", "--dataset-dir", folder, "--image-size", "16", "--run-dir", tmp_path / "run")
+    for argv, message in (("--student cnn5", "too small"), ("--validation-split 36", "leaves 0 of 36 images")):
+        outcome = call(train, *tiny, *data, *argv.split())
+        assert outcome.status == 2 and message in outcome.err and listing(folder) == before, outcome
+    assert not (tmp_path / "run").exists()
 
 
 def test_divergence_is_one_line(tmp_path, call, tiny):

@@ -6,12 +6,14 @@ import ctypes
 import importlib.util
 import math
 import operator
+import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from takd import files
 from takd.config import methods, names, recipes
 from takd.errors import UserError
 
@@ -27,7 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str | None) -> None:
         look = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=look, fromfile_prefix_chars="@", allow_abbrev=False)
+        super().__init__(description=description, formatter_class=look, allow_abbrev=False)
         self.group = self.add_argument_group("flags")
         self.defaults: dict[str, Any] = {}
         self.actions: dict[str, argparse.Action] = {}
@@ -57,19 +59,33 @@ class Parser(argparse.ArgumentParser):
             raise argparse.ArgumentTypeError(f"'{text}' is not {' or '.join(action.choices)}")
         return action.type(text) if action.type else text
 
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        try:
-            return shlex.split(arg_line, comments=True)
-        except ValueError as error:
-            self.error(f"arguments file: {error} in the line: {arg_line.strip()}")
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(self._expanded(words, set()), namespace)
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
-        try:
-            return super().parse_args(args, namespace)
-        except UnicodeDecodeError:
-            self.error("an @file of arguments must be text (UTF-8)")
-        except RecursionError:
-            self.error("an @file of arguments includes itself")
+    def _expanded(self, words: Iterable[str], read: set[str]) -> list[str]:
+        """The words with those of @files in their place. Each file is read once, so that none includes itself."""
+        result = []
+        for word in words:
+            if not word or (word.startswith("--") and word.endswith("=")):
+                self.error(f"'{word}' has no value, as from a variable that is not set; give one or leave it out")
+            if word.encode(errors="surrogatepass") != os.fsencode(word):  # PyTorch and TensorBoard take UTF-8 alone
+                self.error(f"'{files.printable(word)}' is not UTF-8 in this locale; rename it, or set LC_ALL=C.UTF-8")
+            if not word.startswith("@"):
+                result.append(word)
+                continue
+            file = os.path.realpath(word[1:])
+            if file in read:
+                self.error(f"arguments file {word[1:]} includes itself, or is given twice")
+            read.add(file)
+            try:
+                lines = files.read_text(file).splitlines()
+                result += self._expanded((each for line in lines for each in shlex.split(line, comments=True)), read)
+            except OSError as error:
+                self.error(f"arguments file {word[1:]} cannot be read ({error.strerror})")
+            except ValueError as error:
+                self.error(f"arguments file {word[1:]}: {error}")
+        return result
 
     def given(self, argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
         """({setting: value} of the flags that were given, {setting: 'command line' or 'arguments file'})."""
@@ -159,9 +175,8 @@ def option_value(option: methods.Option, text: str) -> methods.Value:
         if text.lower() not in words:
             raise argparse.ArgumentTypeError(f"'{text}' is not {option.bounds or 'yes or no'}")
         return words[text.lower()]
-    if option.above is not None:
-        return number(kind, above=option.above)(text)
-    return number(kind, minimum=option.minimum, maximum=option.maximum)(text)
+    minimum = option.minimum if option.above is None else None
+    return number(kind, above=option.above, minimum=minimum, maximum=option.maximum)(text)
 
 
 def share_or_count(text: str) -> float:
@@ -252,7 +267,7 @@ def train_parser(description: str = "") -> Parser:
     flag("--validation-split", type=share_or_count, default=0.0, metavar="SHARE",
          help="share or number of training images held out to select the best epoch, in place of the test set")
     flag("--augment", choices=("auto", *names.VIEWS), default="auto", help="auto: the recipe's")
-    flag("--workers", type=number(int, minimum=0), metavar="N",
+    flag("--workers", type=number(int, minimum=0, maximum=256), metavar="N",
          help="processes that apply rotate-crop-flip (default: one per core, at most 8)")
     section("distillation")
     flag("--method", type=method, default="kd", metavar="NAME",
@@ -284,18 +299,20 @@ def train_parser(description: str = "") -> Parser:
 
 def optimisation_flags(parser: Parser) -> None:
     """Those of the recipe, and the seed."""
-    flag, switch, whole, positive = parser.flag, parser.switch, number(int, minimum=1), number(float, above=0)
+    flag, switch, epochs = parser.flag, parser.switch, number(int, minimum=1, maximum=10**6)
+    positive, share = number(float, above=0), number(float, above=0, maximum=1)
     parser.section("optimisation (settings not given come from the recipe)")
     flag("--recipe", choices=tuple(recipes.RECIPES), default="paper", help="see docs/recipes.md")
-    flag("--epochs", type=whole, metavar="N", help="passes over the training images (recipe paper: 160)")
-    flag("--batch-size", type=whole, metavar="N", help="images per step, over all GPUs (recipe paper: 128)")
+    flag("--epochs", type=epochs, metavar="N", help="passes over the training images (recipe paper: 160)")
+    flag("--batch-size", type=number(int, minimum=1, maximum=2**16), metavar="N",
+         help="images per step, over all GPUs (recipe paper: 128)")
     flag("--learning-rate", type=positive, metavar="RATE", help="learning rate of the first epoch")
     flag("--schedule", choices=("steps", "cosine"), help="of the learning rate: decay at the milestones (the default), "
          "or to 0 along a cosine")
     flag("--warmup-epochs", type=number(int, minimum=0), metavar="N",
          help="epochs in which the rate grows linearly from a third (default: 0)")
     flag("--milestones", type=number(int, minimum=0), nargs="*", metavar="EPOCH", help="epochs at which it decays")
-    flag("--learning-rate-decay", type=positive, metavar="F", help="its factor at each milestone")
+    flag("--learning-rate-decay", type=share, metavar="F", help="its factor at each milestone")
     flag("--momentum", type=number(float, minimum=0, below=1), metavar="M", help="momentum of SGD")
     switch("--nesterov", "Nesterov momentum")
     switch("--no-nesterov", "plain momentum")
@@ -304,7 +321,7 @@ def optimisation_flags(parser: Parser) -> None:
          help="share of the labels' weight that is spread over all classes, in cross-entropy (default: 0)")
     flag("--seed", type=number(int, minimum=0, maximum=2**63 - 1), default=DEFAULT_SEED, metavar="N",
          help="seed of initialisation, order and augmentation")
-    flag("--repeat", type=whole, metavar="N",
+    flag("--repeat", type=number(int, minimum=1, maximum=1000), metavar="N",
          help="N runs with consecutive seeds from --seed and one teacher, each in its own folder; prints their mean")
 
 

@@ -14,6 +14,7 @@ from takd.errors import UserError
 from takd.files import import_class
 
 Value = bool | int | float | str
+TORCH_MODULE = ("torch.nn.modules.module", "Module")  # by name: importing torch takes seconds
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Option:
         if self.choices:
             return " or ".join(self.choices)
         if self.above is not None:
-            return f"above {self.above:g}"
+            return f"above {self.above:g}" + (f", at most {self.maximum:g}" if self.maximum is not None else "")
         if self.maximum is not None:
             return f"{self.minimum:g} to {self.maximum:g}"
         return f"at least {self.minimum:g}" if self.minimum else ""
@@ -52,7 +53,7 @@ class Method:
 
 
 # fmt: off
-TEMPERATURE = Option(4.0, "T, which softens both distributions", above=0)
+TEMPERATURE = Option(4.0, "T, which softens both distributions", above=0, maximum=1000)
 CE_WEIGHT = Option(1.0, "of cross-entropy with the labels")
 KD_OPTIONS = {
     "temperature": TEMPERATURE,
@@ -101,8 +102,8 @@ METHODS = {
     }, data_parallel=False),
     "crd": Method("CE + beta (NCE of the student + NCE of the teacher)", "contrastive, Tian et al., ICLR 2020", {
         "beta": Option(0.8, "weight of the contrastive term"),
-        "dimensions": Option(128, "of the embeddings", minimum=1),
-        "negatives": Option(16384, "K, images that the positive one is contrasted with", minimum=1),
+        "dimensions": Option(128, "of the embeddings", minimum=1, maximum=4096),
+        "negatives": Option(16384, "K, images that the positive one is contrasted with", minimum=1, maximum=2**16),
         "tau": Option(0.07, "temperature of the similarities", above=0),
         "momentum": Option(0.5, "share of an embedding that its bank keeps at each visit", maximum=1),
     }, data_parallel=False),
@@ -110,10 +111,10 @@ METHODS = {
         "alpha": Option(1.0, "weight of the label's class against the others"),
         "beta": Option(2.0, "weight of the other classes; 8 for more confident teachers"),
         "temperature": TEMPERATURE,
-        "warmup": Option(20, "epochs in which w grows linearly to 1; 0 for none"),
+        "warmup": Option(20, "epochs in which w grows linearly to 1; 0 for none", maximum=10**6),
     }, several_teachers=True),
     "lskd": Method("ce_weight CE + weight T^2 KL(Z(teacher) || Z(student))", "standardised, Sun et al., CVPR 2024", {
-        "temperature": Option(2.0, "T, which softens both distributions", above=0),
+        "temperature": Option(2.0, "T, which softens both distributions", above=0, maximum=1000),
         "weight": Option(9.0, "of the divergence"),
         "ce_weight": Option(0.1, "of cross-entropy with the labels"),
     }, several_teachers=True),
@@ -144,6 +145,8 @@ def find(name: str) -> Method:
     method_class: Any = import_class(name)
     if not inspect.isclass(method_class):
         raise UserError(f"--method {name}: it is a {type(method_class).__name__}, not a class")
+    if not any((base.__module__, base.__name__) == TORCH_MODULE for base in method_class.__mro__):
+        raise UserError(f"--method {name}: a method is a torch.nn.Module, and this class is not derived from it")
     options = getattr(method_class, "options", {})
     if not isinstance(options, dict) or not all(isinstance(option, Option) for option in options.values()):
         raise UserError(f"--method {name}: its options must be a dict, each value an Option of takd.config.methods")

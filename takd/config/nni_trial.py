@@ -43,8 +43,13 @@ def check_types() -> None:
     ):
         for (profile,) in connection.execute("select params from ExperimentProfile order by revision"):
             space = json.loads(profile)["searchSpace"]
-    for key, spec in space.items():
-        if (kind := spec["_type"]) not in TYPES:
+    try:
+        kinds = {key: str(spec["_type"]) for key, spec in space.items()}
+    except (AttributeError, KeyError, TypeError):
+        form = '{"T": {"_type": "choice", "_value": [1, 4]}}'
+        raise UserError(f"the search space is {json.dumps(space)}; it must look like {form}") from None
+    for key, kind in kinds.items():
+        if kind not in TYPES:
             hint = names.nearest(kind, TYPES)
             raise UserError(f"the search space has {key} of _type '{kind}'{hint}; types: {' '.join(TYPES)}")
 
@@ -59,7 +64,13 @@ def proposal() -> dict[str, Any]:
             f"this is an NNI trial and its Python, {sys.executable}, cannot import nni ({error}); "
             "start nnictl from a shell where the environment it belongs to is activated"
         ) from None
-    return settings(nni.get_next_parameter() or {})
+    try:
+        proposed = nni.get_next_parameter()
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"NNI's file of the tuner's proposal is damaged ({type(error).__name__}: {error})") from None
+    if not isinstance(proposed, dict | None):
+        raise UserError(f"the tuner proposes {json.dumps(proposed)}, not an object; correct search_space.json")
+    return settings(proposed or {})
 
 
 def settings(proposed: Mapping[str, Any]) -> dict[str, Any]:

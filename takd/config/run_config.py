@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from takd import process
+from takd import files, process
 from takd.config import flags, methods, names, nni_trial, recipes
 from takd.errors import UserError
 
@@ -372,7 +372,7 @@ def _resolve_method(settings: dict[str, Any], origins: dict[str, str], recipe: r
             settings[key] = options[key]
     settings.pop("method_option", None)
     if ":" in name:  # another file is another run
-        content = Path(name.rpartition(":")[0]).read_bytes()
+        content = files.read_bytes(name.rpartition(":")[0])
         settings["method_file"] = hashlib.blake2b(content, digest_size=8).hexdigest()
         origins["method_file"] = "its content"
 

@@ -148,6 +148,13 @@ def _filled(rows):
     return (rows[..., 0] != 0) & (rows[..., -1] != 0)
 
 
+def features_cache(mode: str) -> tuple[str, str]:
+    """As `choose_cache`, for a method that uses the teacher's features."""
+    if mode in ("auto", "live"):
+        return "live", "live: the method uses the teacher's features"
+    raise UserError(f"--teacher-cache {mode}: this method uses features, and the table holds logits; use live")
+
+
 def choose_cache(split: Split, augment: str, mode: str, path: Path) -> tuple[str, str]:
     """('full', 'lazy' or 'live', a line with the reason) for --teacher-cache `mode` and a table at `path`."""
     views = VIEWS[augment]
@@ -171,7 +178,8 @@ def choose_cache(split: Split, augment: str, mode: str, path: Path) -> tuple[str
 
 
 def free_bytes(folder: Path) -> int | None:
-    """None where the folder cannot be written."""
+    """None where the folder, or what there is of it, cannot be written."""
+    folder = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     if os.access(folder, os.W_OK):
         with contextlib.suppress(OSError):
             status = os.statvfs(folder)

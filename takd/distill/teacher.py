@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from takd.distill import evaluation
-from takd.distill.logit_table import LogitTable, choose_cache, table_dtype
+from takd.distill.logit_table import LogitTable, choose_cache, features_cache, table_dtype
 from takd.distill.methods import Features, Logits
 from takd.errors import UserError
 from takd.files import Say, digest, save_json
@@ -76,17 +76,18 @@ class Teacher:
                 logits.append(self.network(images).float()[: len(chunk)])
         return torch.cat(logits)
 
+    def choose_table(self, split: Split, augment: str, mode: str, checkpoint: str) -> tuple[str, str, Path]:
+        """('full', 'lazy' or 'live', a line with the reason, the table's file) for --teacher-cache `mode`. Writes
+        nothing; a UserError where the table is not possible."""
+        dtype = table_dtype(VIEWS[augment] or 0)
+        path = _cache_folder(checkpoint) / f"{augment}-{self.binding(split, augment)}.{dtype.name}"
+        if self.needs_features:
+            return *features_cache(mode), path
+        return *choose_cache(split, augment, mode, path), path
+
     def attach_table(self, split: Split, augment: str, mode: str, checkpoint: str, say: Say) -> None:
         """Keep the logits of a split in a table beside the checkpoint where that is possible and useful."""
-        views = VIEWS[augment]
-        dtype = table_dtype(views or 0)
-        path = _cache_folder(checkpoint) / f"{augment}-{self.binding(split, augment)}.{dtype.name}"
-        if not self.needs_features:
-            mode, line = choose_cache(split, augment, mode, path)
-        elif mode in ("auto", "live"):
-            mode, line = "live", "live: the method uses the teacher's features"
-        else:
-            raise UserError(f"--teacher-cache {mode}: this method uses features, and the table holds logits; use live")
+        mode, line, path = self.choose_table(split, augment, mode, checkpoint)
         say(f"logits    {self.label}{line}")
         if mode != "live":
             self.table = LogitTable(path, self, split, augment, say)
@@ -100,7 +101,7 @@ class Teacher:
         return digest(self.weights_digest, split.digest(), list(mean), list(std), *resized, *more)[:16]
 
     def score(self, split: Split, checkpoint: str, recorded_percent: float | None, say: Say) -> float:
-        """Accuracy in percent on a split, computed once and kept beside the checkpoint.
+        """Accuracy in percent on a split, computed once: `keep_score` keeps it beside the checkpoint.
 
         A teacher no better than guessing, as one with wrongly loaded weights is, is refused.
         """
@@ -116,9 +117,7 @@ class Teacher:
                 "does not belong to this data set or normalisation, or it was not trained; train it first (leave out "
                 "--teacher-checkpoint)"
             )
-        if os.access(file.parent.parent, os.W_OK) and not file.exists():
-            file.parent.mkdir(exist_ok=True)
-            save_json({"split": split.name, "images": len(split), "accuracy_percent": accuracy}, file)
+        self._score = file, {"split": split.name, "images": len(split), "accuracy_percent": accuracy}
         records = "no accuracy" if recorded_percent is None else f"{recorded_percent:.2f} %"
         say(f"teacher   {self.label}{accuracy:.2f} % on {split.name} (its file records {records})")
         if abs(accuracy - (recorded_percent or accuracy)) > 0.5:
@@ -126,6 +125,13 @@ class Teacher:
             say(f"warning: these differ by more than rounding: {question}")
         self.accuracy_percent = accuracy
         return accuracy
+
+    def keep_score(self) -> None:
+        """Write what `score` found, where that is possible: once nothing can refuse the run any more."""
+        file, contents = self._score
+        if os.access(file.parent.parent, os.W_OK) and not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            save_json(contents, file)
 
 
 class Teachers:

@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import hashlib
+import io
 import os
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import numpy as np
 
 from takd.config.names import DATASETS
 from takd.errors import UserError
-from takd.files import Say, replacing
+from takd.files import Say, printable, replacing
 from takd.process import cores
 
 CACHE_NAME = "takd-decoded"
@@ -28,16 +29,20 @@ class ClassFolders(NamedTuple):
     files: dict[str, tuple[str, ...]]
 
 
-def read(name: str, folder: Path, size: int, say: Say) -> ClassFolders:
-    """A data set's images. Those of `--dataset folder` are resized to size x size; others must have that size."""
+def read(name: str, folder: Path, size: int, say: Say, pixels: bool = True) -> ClassFolders:
+    """A data set's images. Those of `--dataset folder` are resized to size x size; others must have that size. Without
+    `pixels` they are 1x1 and grey, and no file is read or written."""
     spec, listings = DATASETS[name], _listings(name, folder)
     for part, expected in {"train": spec.train_images, "test": spec.test_images}.items():
         count = sum(map(len, listings[part].values()))
         if expected and count != expected:
             say(f"warning: {folder / part} holds {count} images, the original {name} {expected}")
     paths = {part: tuple(file for files in listing.values() for file in files) for part, listing in listings.items()}
-    cache = folder / f"{CACHE_NAME}-{size}-{_signature(folder, listings)}.npy"
-    images = _decoded([path for part in paths.values() for path in part], cache, size, name == "folder", say)
+    if pixels:
+        cache = folder / f"{CACHE_NAME}-{size}-{_signature(folder, listings)}.npy"
+        images = _decoded([path for part in paths.values() for path in part], cache, size, name == "folder", say)
+    else:
+        images = np.full((sum(map(len, paths.values())), 3, 1, 1), 128, np.uint8)
     arrays, start = {}, 0
     for part, listing in listings.items():
         labels = np.repeat(np.arange(len(listing)), [len(files) for files in listing.values()]).astype(np.int64)
@@ -57,14 +62,15 @@ def _listings(name, folder):
     places = {"train": folder / "train", "test": folder / "test"}
     if name == "folder" and (folder / "val").is_dir():
         places["validation" if places["test"].is_dir() else "test"] = folder / "val"
-    listings = {part: _listing(place, name, DATASETS[name].classes) for part, place in places.items()}
+    there = [place for place in places.values() if place.is_dir()]
+    listings = {part: _listing(place, name, DATASETS[name].classes, there) for part, place in places.items()}
     for part, listing in listings.items():
         if differ := sorted(set(listings["train"]) ^ set(listing)):
             raise UserError(f"{folder}: train and {places[part].name} hold different classes ({', '.join(differ[:5])})")
     return listings
 
 
-def _listing(part, name, classes):
+def _listing(part, name, classes, places):
     """Classes and images sorted by name, images in folders of any depth."""
     from PIL import Image
 
@@ -74,12 +80,14 @@ def _listing(part, name, classes):
             layout = "<dir>/{train,test} with --dataset-dir <dir> (test or val)"
         raise UserError(f"{part} does not exist; class folders are {layout}, and in each <class>/<image>")
     endings = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    labels = [entry for entry in sorted(part.iterdir()) if entry.is_dir()]
+    outside = {_identity(folder) for folder in (*labels, *places, *Path(os.path.realpath(part)).parents)}
     listing = {}
-    for entry in sorted(os.scandir(part), key=lambda entry: entry.name):
-        if entry.is_dir() and not entry.name.startswith("."):
-            walk = os.walk(entry.path, followlinks=True)
-            inside = [os.path.join(base, file) for base, _, files in walk for file in files if not file.startswith(".")]
-            listing[entry.name] = sorted(path for path in inside if os.path.splitext(path)[1].lower() in endings)
+    for entry in labels:
+        if not entry.name.startswith("."):
+            inside = [path for path in _files(str(entry), outside) if os.path.splitext(path)[1].lower() in endings]
+            label = os.fsencode(entry.name).decode(errors="surrogateescape")  # the same in every locale
+            listing[printable(label)] = sorted(inside)
     if classes and len(listing) != classes:
         raise UserError(f"{part} holds {len(listing)} class folders, {name} has {classes}")
     if len(listing) < 2:
@@ -87,6 +95,21 @@ def _listing(part, name, classes):
     if empty := [label for label, files in listing.items() if not files]:
         raise UserError(f"{part} has classes without an image: {', '.join(empty[:5])}")
     return listing
+
+
+def _files(folder, outside):
+    """The paths of the files at any depth, those of each folder once: links may lead back, or to what is `outside`."""
+    seen = set(outside)
+    for base, inside, files in os.walk(folder, followlinks=True):
+        found = {_identity(os.path.join(base, name)): name for name in sorted(inside, reverse=True)}
+        inside[:] = [name for identity, name in found.items() if identity not in seen]
+        seen |= found.keys()
+        yield from (os.path.join(base, name) for name in files if not name.startswith("."))
+
+
+def _identity(folder):
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _signature(folder, listings, times=True):
@@ -99,8 +122,8 @@ def _signature(folder, listings, times=True):
                 with contextlib.suppress(OSError):  # a broken link: the decoder will name it
                     status = os.stat(path)
                     size, modified = status.st_size, status.st_mtime_ns
-                entry = f"{part}/{label}/{os.path.relpath(path, folder)} {size} {modified if times else ''}\n"
-                hasher.update(entry.encode())
+                hasher.update(f"{part}/{label}/".encode() + os.fsencode(os.path.relpath(path, folder)))
+                hasher.update(f" {size} {modified if times else ''}\n".encode())
     return hasher.hexdigest()
 
 
@@ -109,11 +132,9 @@ def _decoded(paths, cache, size, resize, say):
     """uint8 (N, 3, size, size), in memory or mapped from the file `cache`, made first if it is absent or damaged."""
     shape = (len(paths), 3, size, size)
     needed = int(np.prod(shape))
-    mapped: Any = "c" if needed > 0.5 * _free_memory() else None
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        images = np.load(cache, mapped)
-        if (images.shape, images.dtype) == (shape, np.uint8):
-            return images
+    mapped = needed > 0.5 * _free_memory()
+    if (images := _cached(cache, shape, mapped)) is not None:
+        return images
     say(f"decoding {len(paths)} images of {cache.parent} (once; kept in {cache})")
     try:
         with replacing(cache) as temporary:
@@ -125,7 +146,7 @@ def _decoded(paths, cache, size, resize, say):
         for old in cache.parent.glob(f"{CACHE_NAME}-{size}-*.npy"):
             if old != cache:
                 old.unlink(missing_ok=True)
-        return np.load(cache, mapped)
+        return _cached(cache, shape, mapped)
     except OSError as error:  # a read-only share, a full disk: the next start decodes again
         why, free = f"{cache} cannot be written ({error.strerror})", _free_memory()
         if needed > 0.9 * free:
@@ -136,6 +157,20 @@ def _decoded(paths, cache, size, resize, say):
     images = np.empty(shape, np.uint8)
     _decode(paths, images, resize, say)
     return images
+
+
+def _cached(cache, shape, mapped):
+    """uint8 images of this shape from a file; None where it is absent, or its header or size are not theirs."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    start, count = header.getvalue(), int(np.prod(shape))
+    if not os.path.isfile(cache) or os.path.getsize(cache) != len(start) + count:
+        return None
+    with open(cache, "rb") as file:
+        if file.read(len(start)) != start:
+            return None
+        images = np.memmap(cache, np.uint8, "c", len(start)) if mapped else np.fromfile(file, np.uint8)
+        return images.reshape(shape)
 
 
 def _free_memory():
@@ -169,6 +204,8 @@ def _decode_one(path, target, resize):
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     size = target.shape[2], target.shape[1]
+    if not os.path.isfile(path):  # a named pipe would be waited for
+        return f"{path} (not a file, or a broken link)", ()
     try:
         image, conversions = upright_rgb(path)
         if resize:  # the middle square: the whole of the shorter side

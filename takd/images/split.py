@@ -87,6 +87,10 @@ class Split:
 
     def digest(self) -> str:
         """Digest of the pixels and labels, which a table of logits is bound to."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self):
         return digest(self.images, self.labels)
 
 

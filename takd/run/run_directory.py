@@ -42,7 +42,7 @@ class RunDirectory:
     def read(self, file: Path) -> Any:
         """A JSON file of this run, or None where there is none."""
         try:
-            return json.loads(file.read_text(encoding="utf-8"))
+            return json.loads(files.read_text(file))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -80,7 +80,7 @@ class RunDirectory:
         """The epochs recorded so far. A last line cut off by a crash is left out."""
         lines = []
         with contextlib.suppress(FileNotFoundError):
-            for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            for line in files.read_text(self.metrics_file).splitlines():
                 with contextlib.suppress(ValueError):
                     lines.append(json.loads(line))
         return lines

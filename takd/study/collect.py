@@ -151,7 +151,7 @@ def keep(collection: Collection, file: Path) -> None:
 
 def _read_kept(file: Path, found: Collection) -> None:
     try:
-        for line in [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]:
+        for line in [json.loads(line) for line in files.read_text(file).splitlines()]:
             if "planned" in line:
                 found.plan(file / line.get("study", "."), line["planned"])
             else:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from takd import files
+from takd.files import printable
 
 Rows = Sequence[Sequence[str]]
 PAGE = """<!doctype html>
@@ -29,48 +30,50 @@ class Document:
         self.attached: dict[str, bytes] = {}
 
     def heading(self, text: str, level: int = 2) -> None:
-        self.blocks.append(("heading", text, level))
+        self.blocks.append(("heading", printable(text), level))
 
     def text(self, *sentences: str) -> None:
         if paragraph := " ".join(sentence for sentence in sentences if sentence):
-            self.blocks.append(("text", paragraph))
+            self.blocks.append(("text", printable(paragraph)))
 
     def code(self, line: str) -> None:
-        self.blocks.append(("code", line))
+        self.blocks.append(("code", printable(line)))
 
     def table(self, header: Sequence[str], rows: Rows, mark: int | None = None) -> None:
         """Rows of cells as text; numbers are right-aligned. The row numbered `mark` is highlighted."""
         if rows:  # empty columns are dropped
             kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
-            self.blocks.append(("table", [header[i] for i in kept], [[row[i] for i in kept] for row in rows], mark))
+            heading, *lines = ([printable(row[i]) for i in kept] for row in (header, *rows))
+            self.blocks.append(("table", heading, lines, mark))
 
     def figure(self, name: str, drawn: tuple[str, bytes], caption: str) -> None:
         """`drawn` is (SVG text, PNG bytes), kept as <name>.svg and <name>.png; a `name` already taken gets a number."""
         taken = [block[1] for block in self.blocks if block[0] == "figure"]
         name = next(free for free in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if free not in taken)
-        self.blocks.append(("figure", name, caption, *drawn))
+        self.blocks.append(("figure", name, printable(caption), *drawn))
 
     def attach(self, name: str, text: str) -> None:
         """A further file of the folder."""
-        self.attached[name] = text.encode()
+        self.attached[name] = text.encode(errors="backslashreplace")
 
     def markdown(self) -> str:
         parts = []
         for block in self.blocks:
             match block:
                 case "heading", text, level:
-                    parts.append(f"{'#' * level} {text}")
+                    parts.append(f"{'#' * level} {_plain(text)}")
                 case "text", text:
-                    parts.append(text)
+                    parts.append(_plain(text))
                 case "code", line:
                     parts.append(f"    {line}")
                 case "table", header, rows, mark:
-                    shown = [[f"**{c}**" if c and i == mark else c for c in row] for i, row in enumerate(rows)]
-                    sides = ["--:" if right else "---" for right in _numeric(header, shown)]
-                    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (header, sides, *shown)]
-                    parts.append("\n".join(f"| {' | '.join(row)} |" for row in escaped))
+                    cells = [[_plain(cell) for cell in row] for row in rows]
+                    shown = [[f"**{c}**" if c and i == mark else c for c in row] for i, row in enumerate(cells)]
+                    sides = ["--:" if right else "---" for right in _numeric(header, rows)]
+                    lines = [map(_plain, header), sides, *shown]
+                    parts.append("\n".join(f"| {' | '.join(row)} |" for row in lines))
                 case "figure", name, caption, *_:
-                    parts.append(f"![{caption}]({name}.png)\n\n*{caption}*")
+                    parts.append(f"![{_plain(caption)}]({name}.png)\n\n*{_plain(caption)}*")
         return "\n\n".join(parts) + "\n"
 
     def html(self) -> str:
@@ -103,6 +106,12 @@ class Document:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             with files.replacing(self.folder / name) as temporary:
                 temporary.write_bytes(content)
+
+
+def _plain(text):
+    """Text for Markdown as it is to be read: names of the user's are no markup."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", re.sub(r"([\\`*|~$\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", text))
+    return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", text)
 
 
 def _numeric(header, rows):

@@ -164,7 +164,10 @@ def parse_step(text: str, sizes: Sequence[str], parser: flags.Parser) -> Step:
         key = key.strip().replace("-", "_")
         if not equals or key not in allowed:
             raise UserError(f"--set {text}: '{pair.strip()}' is not setting=value; settings: {' '.join(allowed)}")
-        words += [f"--{key.replace('_', '-')}", *shlex.split(value)]
+        try:
+            words += [f"--{key.replace('_', '-')}", *shlex.split(value)]
+        except ValueError as error:
+            raise UserError(f"--set {text}: {error} in '{pair.strip()}'") from None
     return Step(text, split_path(ending, sizes), parser.given(words)[0])
 
 
@@ -278,7 +281,7 @@ def read(folder: Path) -> dict[str, Any]:
     """{training name: {"path", "seed"}} planned in a folder; empty if no study was."""
     file = Path(folder) / STUDY_FILE
     try:
-        return json.loads(file.read_text(encoding="utf-8"))["trainings"]
+        return json.loads(files.read_text(file))["trainings"]
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:

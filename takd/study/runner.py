@@ -87,7 +87,7 @@ class Runner:
             gpu = self.gpus[slot % len(self.gpus)]
             environment["CUDA_VISIBLE_DEVICES"] = visible[int(gpu)] if visible and gpu.isdigit() else gpu
         command = self.command_of(training)
-        with open(training.log, "a", encoding="utf-8") as log:
+        with open(training.log, "a", encoding="utf-8", errors="backslashreplace") as log:
             print(f"$ {shlex.join(command)}", file=log, flush=True)
             # A session of its own: the terminal's Ctrl-C reaches the study, which passes it on once.
             options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}

@@ -213,8 +213,10 @@ def _confusions(classes: Sequence[str], counts: Sequence[Sequence[int]], most: i
 
 
 def _csv(rows: Iterable[Iterable[Any]]) -> str:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    """A name that a spreadsheet would run as a formula gets a ' before it, which makes it text there."""
+    text, formula = io.StringIO(), re.compile(r"\s*[=+@\-\uff1d\uff0b\uff20\uff0d]")
+    escaped = ([f"'{cell}" if isinstance(cell, str) and formula.match(cell) else cell for cell in row] for row in rows)
+    csv.writer(text, lineterminator="\n").writerows(escaped)
     return text.getvalue()
 
 

@@ -128,7 +128,7 @@ class Worker:
             with self.signals.deferred():
                 self._make_trials()
         if self.refused:
-            raise UserError(self.refused)
+            raise OSError(self.refused)  # trials before it are kept
         return self.stopped
 
     def _make_teacher(self) -> None:
@@ -213,7 +213,7 @@ class Worker:
     def _start(self, name: str, arguments: list[str], claim: int) -> subprocess.Popen:
         """Start train.py, which holds the claim too: if only the worker is killed, nobody else begins the same run."""
         command = [*self.train, *arguments]
-        with open(self._log(name), "a", encoding="utf-8") as log:
+        with open(self._log(name), "a", encoding="utf-8", errors="backslashreplace") as log:
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
             options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}

@@ -19,7 +19,7 @@ Published = Mapping[NetworkPath, Mapping[str, float]]
 # -------------------------------------------------------------------------------------------------- a path study
 def study_section(document: Document, found: Study, only: bool) -> None:
     """Everything about one study. `only`: there is no other in this document."""
-    best, slug = found.best(), "-".join((found.teacher, found.student, found.dataset))
+    best, slug = found.best(), "-".join(map(names.file_name, (found.teacher, found.student, found.dataset)))
     document.heading(found.title if only or not found.folder else f"{found.title} ({found.folder})", 1 if only else 2)
     document.text(*lead(found, best))
     published = {
@@ -238,7 +238,7 @@ def search_section(document: Document, found: Search, only: bool) -> None:
     document.table(header, rows, mark=0 if best else None)
     if best and "temperature" in found.searched:
         caption = f"Accuracy on the {found.selection} images, means over seeds with their deviations."
-        document.figure(f"figures/{path[-1]}-{dataset}-search", figures.search(found), caption)
+        document.figure(f"figures/{names.file_name(path[-1])}-{dataset}-search", figures.search(found), caption)
 
 
 # ------------------------------------------------------------------------------------------------ leaderboard

@@ -167,7 +167,7 @@ class Queue:
     def __init__(self, site: Site, folder: Path, say: Callable[[str], None]) -> None:
         self.site, self.folder, self.say = site, folder, say
         self.file = Path(folder) / "slurm.json"
-        self.noted = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        self.noted = json.loads(files.read_text(self.file)) if self.file.exists() else {}
 
     def waiting(self) -> dict[str, str]:
         """{training name, or REPORT: job id} of what an earlier call submitted and SLURM still has."""
@@ -187,7 +187,7 @@ class Queue:
 
 
 def _run(command: list[str], environment: Mapping[str, str] | None = None) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=environment)
     if done.returncode:
-        raise UserError(f"{command[0]} refused: {done.stderr.strip() or f'exit status {done.returncode}'}")
+        raise OSError(f"{command[0]} refused: {done.stderr.strip() or f'exit status {done.returncode}'}")
     return done.stdout

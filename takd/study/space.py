@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from takd import files
 from takd.config import nni_trial
 from takd.errors import UserError
 
@@ -52,7 +53,7 @@ class Parameter:
 def read(file: str | Path) -> tuple[dict[str, Parameter], list[int | None]]:
     """({setting: Parameter}, seeds) of a search space; [None] where the seed is not in it."""
     try:
-        entries = json.loads(Path(file).read_text(encoding="utf-8"))
+        entries = json.loads(files.read_text(file))
         kinds = {key: (entry["_type"], entry["_value"]) for key, entry in entries.items()}
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         form = '{"T": {"_type": "choice", "_value": [1, 4]}}'

@@ -83,6 +83,7 @@ REFUSED = {
     "method": ({"dkd.beta": 8}, ["dkd.beta", "the method is kd; add --method dkd"]),
     "option": ({"kd.beta": 8}, ["method kd has no option 'beta'", "options of kd: temperature lambda"]),
     "alone": ({"kd.reduction": "mean"}, ["--method-option needs --teacher"]),
+    "object": ([4, 0.5], ["the tuner proposes [4, 0.5], not an object"]),
     "repeat": ({"seed": 20}, ["--repeat is not for a tuner's trials"]),
 }
 MORE_FLAGS = {"given": ("--lambda", "0.5"), "repeat": ("--repeat", "2")}

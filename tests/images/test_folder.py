@@ -112,6 +112,36 @@ def test_nested_folders_and_files_that_are_not_images(folder):
     assert len(read(folder)[0].train) == 36
 
 
+def test_links_are_followed_once_and_never_back(folder, tmp_path):
+    expected = read(folder)[0].train.images.clone()
+    red = folder / "train/red"
+    for name, target in {".": ".", "up": "..", "all": "../..", "root": "/", "loop": "loop", "other": "../blue"}.items():
+        (red / f"link {name}").symlink_to(target)
+    assert torch.equal(read(folder)[0].train.images, expected)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(red / "05.jpg", tmp_path / "elsewhere")
+    for name in ("once", "twice"):
+        (red / name).symlink_to(tmp_path / "elsewhere")
+    assert len(read(folder)[0].train) == len(expected)
+
+
+def test_names_that_are_not_utf8(folder):
+    """Of images and classes; the latter have escapes, so that every report and every locale can show them."""
+    for part in ("train", "val"):
+        os.rename(folder / part / "red", os.fsencode(folder / part) + b"/r\xe9d\n")
+        os.rename(folder / part / "blue/00.jpg", os.fsencode(folder / part) + b"/blue/\xff.jpg")
+    splits, _ = read(folder)
+    assert splits.train.classes == ("blue", "green", r"r\udce9d\n") and len(splits.train) == 36
+    assert len(folders.folder_digest(folder)) == 32
+
+
+def test_nothing_is_decoded_for_an_outline(folder):
+    splits = data_loader.read("folder", folder, image_size=24, pixels=False)
+    assert (splits.train.classes, len(splits.train), len(splits.test)) == (CLASSES, 36, 18)
+    assert splits.train.transform(splits.train.images).shape == (36, 3, 24, 24)
+    assert not list(folder.glob("takd-decoded*"))
+
+
 def test_layouts_that_are_refused(folder, tmp_path):
     refused(tmp_path / "absent", "absent/train does not exist; class folders are")
     (folder / "val").rename(folder / "valid")
@@ -170,7 +200,22 @@ def test_a_changed_folder_is_decoded_again(cifar):
     assert len(list(cifar.glob("takd-decoded-*"))) == 1
 
 
-@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"x" * 500])
+def claiming(shape):
+    """The file with another shape in its header."""
+    return lambda data: data.replace(b"(40, 3, 32, 32), }" + b" " * 20, f"{shape}, }}".ljust(38).encode())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: data + b"x",
+        lambda data: b"x" * 500,
+        claiming((10**8, 3, 32, 32)),
+        claiming((40, 3, 64, 16)),
+    ],
+)
 def test_a_damaged_cache_is_rebuilt(cifar, damage):
     first = read(cifar)[0].train.images.clone()  # not the mapped file itself, which is about to shrink
     (cache,) = cifar.glob("takd-decoded-32-*.npy")
@@ -300,9 +345,11 @@ def test_files_that_cannot_be_used_are_counted_and_named(folder):
     for i, contents in enumerate((b"", b"no image at all", whole[: len(whole) // 2], whole[:20])):
         (folder / f"val/green/{i:02}.jpg").write_bytes(contents)
     (folder / "train/red/link.jpg").symlink_to("nowhere")
+    os.mkfifo(folder / "train/red/pipe.jpg")
     Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(folder / "train/red/99.tif")
-    three = r".*red/99\.tif \(floating-point pixels\); .*red/link\.jpg \(.*\); .*; \.\.\.; fix"
-    refused(folder, f"6 of 56 images cannot be used, first {three}")
+    three = r".*red/99\.tif \(floating-point pixels\); .*red/link\.jpg \(not a file.*\); .*pipe\.jpg \(not a file.*\); "
+    three += r"\.\.\.; fix"
+    refused(folder, f"7 of 57 images cannot be used, first {three}")
 
 
 @pytest.mark.parametrize("contents", [b"", b"not an image", None])

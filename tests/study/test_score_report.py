@@ -1,5 +1,6 @@
 """Scores by class as tables and figures: classes without images, many classes, and names of folders."""
 
+import csv
 import re
 
 import numpy as np
@@ -84,3 +85,21 @@ def test_folder_names(tmp_path):
     made = score_report.folder_names(tmp_path / file for file in [*files, "A/X_best.pth"])
     assert made[:4] == ["a-x_best", "b-x_best", "a-x_best-2", "a-x_best-3"] and made[5] == "A-X_best-4"
     assert all(re.fullmatch(r"\w[\w.-]*", name) for name in made)
+
+
+HOSTILE = ("$x_{$", "=cmd|'/C calc'!A0", "+1", "@SUM(A1)", "<script>a|b", "[a](b)", "*_`\\")
+
+
+def test_names_are_text_and_never_markup_or_formulas(scored, tmp_path):
+    result = scored.result | {"path": [HOSTILE[4]], "model": HOSTILE[4], "checkpoint": "<script>/=1\x1b\udce9.pth.tar"}
+    ones = np.ones(4, int)
+    score_report.write_report(tmp_path, [Scored(result, HOSTILE, ones, 3 * ones)])
+    page, text = ((tmp_path / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
+    assert "<script" not in page + text and "$x_{$" in page
+    assert r"=1\\x1b\\udce9.pth.tar" in text
+    table = text.split("## Accuracy by class")[1].split("## ")[0]
+    for shown in (r"| \$x\_{\$ |", r"| &lt;script>a\|b |", r"| \[a\](b) |", r"| \*\_\`\\ |"):
+        assert shown in table, table
+    (file,) = tmp_path.glob("*/class_accuracy.csv")
+    names = [row[0] for row in csv.reader(file.open(encoding="utf-8", newline=""))][1:]
+    assert names[1:4] == ["'=cmd|'/C calc'!A0", "'+1", "'@SUM(A1)"] and not {name[0] for name in names} & set("=+-@")
