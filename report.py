@@ -17,7 +17,7 @@ from takd import files, process
 from takd.config import flags
 from takd.config.flags import number
 from takd.errors import UserError
-from takd.study import arms, collect, ranking
+from takd.study import arms, collect, pairs, ranking
 from takd.study.document import Document
 
 
@@ -72,13 +72,16 @@ def main(argv: list[str] | None = None) -> None:
         place = Path(args.runs[0])
         document = Document(args.output or (place.parent / place.stem if place.suffix == ".jsonl" else place))
         studies, searches, asked = collect.studies(found), ranking.searches(found), arms.questions(runs)
-        only = len(studies) + len(searches) == 1
+        methods = pairs.tables(found, studies)
+        only = len(studies) + len(methods) + len(searches) == 1
         if not only:
             document.heading("Runs", 1)
             document.text(f"{len(runs)} runs in {', '.join(map(str, args.runs))}.")
             answers = answer.sections(document, asked)
         for each in studies:
             sections.study_section(document, each, only)
+        for table in methods:
+            sections.methods_section(document, table, only)
         for search in searches:
             sections.search_section(document, search, only)
         if only:

@@ -159,12 +159,23 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
         step.distribute(world)
         trainer.take_step = step_graph(config, step, world.size, console.say) or step
         # Processes of a group stop where they agreed upon it and nowhere else: the others would wait for one that left.
-        with signals.deferred() if world.size > 1 else contextlib.nullcontext():
+        with signals.deferred() if world.size > 1 else contextlib.nullcontext(), recorded_failure(directory, world):
             for epoch in trainer.remaining_epochs():
                 trainer.train(epoch)
                 record = trainer.evaluate(epoch)
                 trainer.save(record)
         return trainer.summary()
+
+
+@contextlib.contextmanager
+def recorded_failure(directory: RunDirectory, world: Any) -> Iterator[None]:
+    """An error that ends the run is recorded in its folder, for reports."""
+    try:
+        yield
+    except (engine.Diverged, MemoryError, torch.cuda.OutOfMemoryError) as error:
+        if world.is_rank_zero:
+            directory.fail(str(error) or type(error).__name__)
+        raise
 
 
 def train_teacher_first(config: RunConfig, context: Context) -> RunConfig:
@@ -248,7 +259,7 @@ def load_teacher(
     for name, file in zip(config.teachers, config.teacher_checkpoints, strict=True):
         teacher, recorded_percent = load_frozen(config, name, file, splits.train, precision, cpu)
         teacher.label = f"{name}: " if len(config.teachers) > 1 else ""
-        teacher.score(splits.test, file, recorded_percent, say)
+        teacher.score(splits.test, file, recorded_percent, say, bool(config.any_teacher))
         loaded.append(teacher)
     return Teachers(loaded) if len(loaded) > 1 else loaded[0]
 
@@ -266,6 +277,10 @@ def teacher_network(config: RunConfig, name: str, file: str, train: Split) -> tu
     if config.dataset == metadata.get("dataset") == "folder" and class_names != list(train.classes):
         what = f"other classes than those of {config.dataset_dir}"
         raise UserError(f"{file} was trained on {what}: train its teacher there")
+    same_data = metadata.get("dataset", config.dataset) == config.dataset
+    if not same_data and class_names and set(class_names) != set(train.classes):
+        what = f"on {metadata['dataset']}, and this run is on {config.dataset}, which has other classes"
+        raise UserError(f"{file} was trained {what}; give a teacher trained on {config.dataset}")
     transform = Transform(tuple(metadata["mean"]), tuple(metadata["std"]), metadata["image_size"] or train.image_size)
     return network, transform, metadata
 
@@ -278,7 +293,6 @@ def load_frozen(
     needs_features = getattr(methods.find(config.method), "needs_features", True)
     teacher = Teacher(network, transform, train, precision, needs_features, cpu and cpu.pack)
     teacher.path = metadata.get("path", [name])
-    same_data = metadata.get("dataset", config.dataset) == config.dataset
     return teacher, metadata.get("test_accuracy_percent") if same_data else None
 
 

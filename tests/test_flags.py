@@ -6,11 +6,12 @@ import pytest
 
 FLAGS = {
     "train.py": """
-        --augment --batch-size --cuda --dataset --dataset-dir --download --epochs --help --help-methods --image-size
-        --json --label-smoothing --lambda --learning-rate --learning-rate-decay --measure --method --method-option
-        --milestones --model --momentum --nesterov --no-cuda-graph --no-download --no-nesterov --precision --pretrained
-        --recipe --repeat --run-dir --save-minutes --schedule --seed --student --teacher --teacher-cache
-        --teacher-checkpoint --temperature --train-images --validation-split --warmup-epochs --weight-decay --workers""",
+        --any-teacher --augment --batch-size --cuda --dataset --dataset-dir --download --epochs --help --help-methods
+        --image-size --json --label-smoothing --lambda --learning-rate --learning-rate-decay --measure --method
+        --method-option --milestones --model --momentum --nesterov --no-cuda-graph --no-download --no-nesterov
+        --precision --pretrained --recipe --repeat --run-dir --save-minutes --schedule --seed --student --teacher
+        --teacher-cache --teacher-checkpoint --temperature --train-images --validation-split --warmup-epochs
+        --weight-decay --workers""",
     "evaluate.py": """
         --checkpoint --cuda --dataset --dataset-dir --help --image-size --json --model --no-download --report
         --teacher --teacher-checkpoint""",

@@ -280,6 +280,7 @@ def train_parser(description: str = "") -> Parser:
                               help="list the methods and their options")
     flag("--teacher-cache", choices=("auto", "live", "lazy", "full"), default="auto",
          help="the teacher's logits: computed for every batch (live), or kept in a table, filled lazily or in full")
+    switch("--any-teacher", "learn even from a teacher no better than guessing, to try a command out")
     optimisation_flags(parser)
     section("machine")
     flag("--cuda", type=cuda, metavar="N", help="GPUs: 1 or yes, 0 or no, or a number, one process each "

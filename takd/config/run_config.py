@@ -18,7 +18,9 @@ from takd.config import flags, methods, names, nni_trial, recipes
 from takd.errors import UserError
 
 # fmt: off
-NEED_TEACHER = ("teacher_checkpoint", "method", "method_option", "temperature", "lambda", "teacher_cache")
+NEED_TEACHER = (
+    "teacher_checkpoint", "method", "method_option", "temperature", "lambda", "teacher_cache", "any_teacher",
+)
 OPTION_FLAGS = ("temperature", "lambda")  # method options that have flags of their own
 LEARNING = ("method", "method_option", *OPTION_FLAGS)
 PASSED_TO_TEACHER = (
@@ -27,8 +29,8 @@ PASSED_TO_TEACHER = (
 )
 # These change where or how fast a run is made, not its outcome: it may continue with other values.
 INCIDENTAL = (
-    "teacher_checkpoint", "teacher_cache", "dataset_dir", "download", "workers", "cuda", "cuda_graph", "run_dir",
-    "save_minutes", "json",
+    "teacher_checkpoint", "teacher_cache", "any_teacher", "dataset_dir", "download", "workers", "cuda", "cuda_graph",
+    "run_dir", "save_minutes", "json",
 )
 DIGESTS = ("images", "teacher_weights")  # known only when the files are read
 MEASURED = ("dataset", "image_size", "batch_size", "precision", "cuda", "cuda_graph")  # what --measure depends on
@@ -78,6 +80,7 @@ class RunConfig:
     # INCIDENTAL:
     teacher_checkpoint: str | list[str] | None = None
     teacher_cache: str | None = None
+    any_teacher: bool | None = None
     dataset_dir: str | None = None
     download: bool | None = None
     workers: int | None = None

@@ -100,10 +100,12 @@ class Teacher:
         resized = [size] if size != split.images.shape[-1] else []
         return digest(self.weights_digest, split.digest(), list(mean), list(std), *resized, *more)[:16]
 
-    def score(self, split: Split, checkpoint: str, recorded_percent: float | None, say: Say) -> float:
+    def score(
+        self, split: Split, checkpoint: str, recorded_percent: float | None, say: Say, any_teacher: bool = False
+    ) -> float:
         """Accuracy in percent on a split, computed once: `keep_score` keeps it beside the checkpoint.
 
-        A teacher no better than guessing, as one with wrongly loaded weights is, is refused.
+        Unless `any_teacher`, one no better than guessing, as one with wrongly loaded weights is, is refused.
         """
         file = _cache_folder(checkpoint) / f"score-{self.binding(split)}.json"
         try:
@@ -111,11 +113,20 @@ class Teacher:
         except (OSError, ValueError, KeyError, TypeError):
             logits = evaluation.predict(self.exact, split, self.transform)
             accuracy = evaluation.score(logits, split.labels)["accuracy_percent"]
-        if not accuracy > evaluation.chance_percent(split.labels):
+        chance = evaluation.chance_percent(split.labels)
+        if not accuracy > chance and not any_teacher:
+            if recorded_percent is None:
+                why = "it was not trained, or with other images or another normalisation"
+                fix = "train it first (leave out --teacher-checkpoint)"
+            elif recorded_percent > chance:
+                why = f"its file records {recorded_percent:.2f} %, so these are other images or other weights"
+                fix = "train it on these images (leave out --teacher-checkpoint)"
+            else:
+                why = f"its file records {recorded_percent:.2f} % too: it has hardly been trained"
+                fix = "train it for more epochs"
             raise UserError(
-                f"the teacher {self.label}scores {accuracy:.2f} % on {split.name}, no better than guessing: its file "
-                "does not belong to this data set or normalisation, or it was not trained; train it first (leave out "
-                "--teacher-checkpoint)"
+                f"the teacher {self.label}scores {accuracy:.2f} % on {split.name}, no better than guessing: {why}; {fix}, "
+                "or try the command out with --any-teacher"
             )
         self._score = file, {"split": split.name, "images": len(split), "accuracy_percent": accuracy}
         records = "no accuracy" if recorded_percent is None else f"{recorded_percent:.2f} %"

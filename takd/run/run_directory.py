@@ -5,6 +5,7 @@
                 <model>_<trial>_best.pth.tar    the best epoch's network, in the released code's format
                 last.pth.tar                    the state to continue from
                 summary.json                    written when the run is finished, and only then
+                .failed                         why it ended before that, until it is started again
                 events.out.tfevents.*           TensorBoard
 
 Commands communicate through these files; nothing parses console output. Importing this needs no torch, for planning and
@@ -37,6 +38,7 @@ class RunDirectory:
         self.metrics_file = self.path / "metrics.jsonl"
         self.summary_file = self.path / "summary.json"
         self.last_file = self.path / "last.pth.tar"
+        self.failure_file = self.path / ".failed"  # hidden: a folder that holds nothing else is still free
         self._events: Any = None
 
     def read(self, file: Path) -> Any:
@@ -71,6 +73,7 @@ class RunDirectory:
 
     def start(self, config: Record, first_epoch: int) -> None:
         """Record the configuration and drop records of epochs that will be run again."""
+        self.failure_file.unlink(missing_ok=True)
         files.save_json(config, self.config_file)
         kept = [line for line in self.records() if line["epoch"] < first_epoch]
         with files.replacing(self.metrics_file) as temporary:
@@ -102,6 +105,19 @@ class RunDirectory:
         if self._events:
             self._events.close()
         files.save_json(summary, self.summary_file)
+
+    def fail(self, reason: str) -> None:
+        """Record for reports why the run ended before it was finished."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with files.replacing(self.failure_file) as temporary:
+            temporary.write_text(reason, encoding="utf-8")
+
+    @property
+    def failure(self) -> str | None:
+        """The reason, of a run that is not finished."""
+        if self.failure_file.is_file() and not self.summary_file.exists():
+            return self.failure_file.read_text(encoding="utf-8", errors="replace")
+        return None
 
 
 def _tag(key: str) -> str:

@@ -245,6 +245,7 @@ class Trainer:
             "epochs": config.epochs,
             "parameters": sum(parameter.numel() for parameter in self.step.student.parameters()),
             "selection_split": self.splits.selection,
+            "test_images": len(self.splits.test),
             "best": self._outcome(self.best),
             "last": self._outcome(records[-1]),
             "seconds": _seconds(records),

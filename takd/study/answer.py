@@ -5,10 +5,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from takd.study import collect, figures, statistics
+from takd.study import figures, published, statistics
 from takd.study.arms import Arm, Question, digests, top_digest
 from takd.study.document import Document
-from takd.study.formatting import p_value, percent, points, recipe_of, seeds_of, settings_of
+from takd.study.formatting import method_of, p_value, percent, points, recipe_of, seeds_of
 from takd.study.plan import NetworkPath
 from takd.study.statistics import Difference
 
@@ -328,10 +328,7 @@ def section(document: Document, question: Question) -> str:
         f"±{MARGIN:g} points."
     )
     document.figure(f"figures/{name}", draw(pairs), caption)
-    rows, papers = (
-        [],
-        [collect.published_for(question.dataset, arm.path, arm.group.method).get("paper") for arm in arms],
-    )
+    rows, papers = [], [published.papers_number(arm.group) for arm in arms]
     for arm, paper in zip(arms, papers, strict=True):
         best = percent(arm.group.mean("best"), arm.group.deviation("best")) if paper is not None else ""
         last = percent(arm.group.mean("last"), arm.group.deviation("last"))
@@ -340,7 +337,7 @@ def section(document: Document, question: Question) -> str:
             [
                 arm.name,
                 recipe_of(arm.group),
-                settings_of(arm.group),
+                method_of(arm.group),
                 trained,
                 seeds_of(arm.group),
                 last,
@@ -348,7 +345,7 @@ def section(document: Document, question: Question) -> str:
                 percent(paper),
             ]
         )
-    header = ["arm", "recipe, epochs", "settings", "epochs below the teacher", "chains", "last epoch, %"]
+    header = ["arm", "recipe, epochs", "method", "epochs below the teacher", "chains", "last epoch, %"]
     document.table([*header, "best test epoch, %", "the paper's, %"], rows)
     header = ["arm", "against", "n", "difference, points", "95 % interval", "p (Holm)", "detectable", "verdict"]
     document.table(header, [_row(pair) for pair in pairs])

@@ -5,15 +5,18 @@ of the test images, in percent: `best` at the epoch chosen on the run's selectio
 and deviations take finished runs only.
 """
 
+import functools
 import json
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection as Seeds
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from takd import files
+from takd.config import names
 from takd.config.run_config import INCIDENTAL
 from takd.errors import UserError
 from takd.run.run_directory import RunDirectory
@@ -35,6 +38,7 @@ class Run:
     config: dict[str, Any]
     records: Sequence[dict[str, Any]]
     summary: dict[str, Any] | None
+    failed: str | None = None  # why it ended before it was finished
 
     @property
     def path(self) -> NetworkPath:
@@ -47,6 +51,29 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.summary is not None
+
+    @property
+    def data(self) -> tuple[str, str | None]:
+        """The data set and, of folders of images, their digest."""
+        return self.config["dataset"], self.config.get("images")
+
+    @property
+    def train_images(self) -> int | None:
+        """The number that it was limited to, None where it had them all."""
+        whole, limit = names.DATASETS[self.config["dataset"]].train_images, self.config.get("train_images")
+        return None if whole and limit and limit >= whole else limit
+
+    @property
+    def test_images(self) -> int | None:
+        """None where neither the run nor the data set's name tells."""
+        return (self.summary or {}).get("test_images") or names.DATASETS[self.config["dataset"]].test_images
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a run is but for its path and seed: two runs that differ here are two experiments."""
+        given = {key: value for key, value in self.config.items() if key not in APART}
+        used = self.config["environment"].get("precision", self.config.get("precision"))  # which "auto" was
+        return given | {"precision": used, "train_images": self.train_images}
 
     @property
     def seconds(self) -> float:
@@ -86,19 +113,31 @@ class Collection:
     runs: dict[Path, Run] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
     planned: dict[Path, list[tuple[NetworkPath, int]]] = field(default_factory=dict)
+    failed: dict[Path, dict[tuple[NetworkPath, int], str]] = field(default_factory=dict)  # {study: {planned: reason}}
 
-    def add(self, folder: Path, study: Path | None, config: Any, records: Sequence[Any], summary: Any) -> None:
-        run = Run(folder, study, config, tuple(records), summary)
+    def add(
+        self,
+        folder: Path,
+        study: Path | None,
+        config: Any,
+        records: Sequence[Any],
+        summary: Any,
+        failed: str | None = None,
+    ) -> None:
+        run = Run(folder, study, config, tuple(records), summary, failed)
         try:
             run.path, run.seed, run.accuracy("best"), run.seconds, config["environment"]["host"]
-            [config[key] for key in ("dataset", "recipe", "epochs", "origins", "validation_split")]
+            [config[key] for key in ("recipe", "epochs", "origins", "validation_split")]
+            json.dumps([run.settings, run.test_images])
         except (KeyError, TypeError) as error:
             self.unreadable.append(f"{folder}: {error}")
         else:
             self.runs[folder.resolve()] = run
 
     def plan(self, study: Path, planned: Iterable[Mapping[str, Any]]) -> None:
-        self.planned[study] = [(tuple(training["path"]), training["seed"]) for training in planned]
+        trainings = {(tuple(training["path"]), training["seed"]): training.get("failed") for training in planned}
+        self.planned[study] = list(trainings)
+        self.failed[study] = {training: reason for training, reason in trainings.items() if reason}
 
 
 def collect(places: Iterable[str | Path]) -> Collection:
@@ -122,13 +161,18 @@ def _read_folders(folder: Path, found: Collection) -> None:
         above = file.parent.parent
         study = above if (above / plan.STUDY_FILE).is_file() and not (above / TRIALS).is_dir() else None
         if study and study not in found.planned:
-            found.plan(study, plan.read(study).values())
+            found.plan(study, _planned(study))
         try:
             config, summary = directory.read(file), directory.read(directory.summary_file)
         except UserError as error:
             found.unreadable.append(f"{file.parent}: {error}")
         else:
-            found.add(file.parent, study, config, directory.records(), summary)
+            found.add(file.parent, study, config, directory.records(), summary, directory.failure)
+
+
+def _planned(study: Path) -> Iterator[dict[str, Any]]:
+    for name, training in plan.read(study).items():
+        yield training | {"failed": RunDirectory(study / name).failure}
 
 
 # --------------------------------------------------------------------------------------------------- kept runs
@@ -141,10 +185,15 @@ def keep(collection: Collection, file: Path) -> None:
 
     lines: list[dict[str, Any]] = []
     for study, planned in collection.planned.items():
-        lines.append({"study": name(study), "planned": [{"path": path, "seed": seed} for path, seed in planned]})
+        trainings = [{"path": path, "seed": seed} for path, seed in planned]
+        for training, key in zip(trainings, planned, strict=True):
+            if reason := collection.failed[study].get(key):
+                training["failed"] = reason
+        lines.append({"study": name(study), "planned": trainings})
     for run in collection.runs.values():
         place = {"run": name(run.folder), "study": run.study and name(run.study)}
-        lines.append({**place, "config": run.config, "summary": run.summary, "epochs": run.records})
+        failed = {"failed": run.failed} if run.failed else {}
+        lines.append({**place, **failed, "config": run.config, "summary": run.summary, "epochs": run.records})
     with files.replacing(file) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
@@ -157,7 +206,8 @@ def _read_kept(file: Path, found: Collection) -> None:
             else:
                 name = line.get("study", "." if file in found.planned else None)
                 study = None if name is None else file / name
-                found.add(file / line["run"], study, line["config"], line["epochs"], line["summary"])
+                contents = line["config"], line["epochs"], line["summary"], line.get("failed")
+                found.add(file / line["run"], study, *contents)
     except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error}); report.py --keep writes such files") from None
 
@@ -175,6 +225,10 @@ class Group:
     def finished(self) -> dict[int, Run]:
         return {run.seed: run for run in self.runs if run.finished}
 
+    def over(self, seeds: Seeds[int]) -> "Group":
+        """The runs with these seeds; all, if none is among them."""
+        return Group(self.path, self.config, [run for run in self.runs if run.seed in seeds] or self.runs)
+
     def values(self, which: str) -> dict[int, float]:
         """{seed: accuracy} of the finished runs."""
         return {seed: run.accuracy(which) or 0.0 for seed, run in self.finished.items()}
@@ -186,6 +240,14 @@ class Group:
     def deviation(self, which: str) -> float | None:
         values = list(self.values(which).values())
         return statistics.stdev(values) if len(values) > 1 else None
+
+    @property
+    def test_images(self) -> int | None:
+        return next((run.test_images for run in self.finished.values()), None)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.runs[0].settings
 
     @property
     def epoch_seconds(self) -> float | None:
@@ -208,7 +270,7 @@ def group(runs: Iterable[Run]) -> list[Group]:
     """Runs by everything but the seed. A run whose seed its group has already begins another group."""
     groups: dict[Any, Group] = {}
     for run in sorted(runs, key=lambda run: (run.seed, str(run.folder))):
-        settings = json.dumps({key: value for key, value in run.config.items() if key not in APART}, sort_keys=True)
+        settings = json.dumps(run.settings, sort_keys=True)
         again = 0
         while any(
             member.seed == run.seed
@@ -217,6 +279,12 @@ def group(runs: Iterable[Run]) -> list[Group]:
             again += 1
         groups[run.path, settings, again].runs.append(run)
     return list(groups.values())
+
+
+def seeds_in_common(groups: Iterable[Group]) -> set[int]:
+    """The seeds that every group with finished runs has finished: what comparisons are made over."""
+    finished = [set(group.finished) for group in groups if group.finished]
+    return set.intersection(*finished) if finished else set()
 
 
 # ---------------------------------------------------------------------------------------------------- studies
@@ -233,6 +301,7 @@ class Study:
     cells: dict[NetworkPath, Group]
     planned: dict[NetworkPath, int]  # number of seeds
     ambiguous: list[NetworkPath]  # paths run with several settings; the cells hold one of these
+    failed: dict[tuple[NetworkPath, int], str]  # {(path, seed): why}
     guidance: str = "last"
 
     @property
@@ -248,6 +317,15 @@ class Study:
         how = ", each network from all above it" if self.guidance == "all" else ""
         return f"From {self.teacher} to {self.student} on {self.dataset}{how}"
 
+    @functools.cached_property
+    def seeds(self) -> set[int]:
+        """What paths are compared over: the seeds that all of them, and the student alone, have finished."""
+        return seeds_in_common(self.cells[path] for path in (*self.ends, (self.student,)) if path in self.cells)
+
+    def cell(self, path: NetworkPath) -> Group | None:
+        """A path's runs over the seeds in common; over its own, where it has none of these."""
+        return self.cells[path].over(self.seeds) if path in self.cells else None
+
     @property
     def ends(self) -> list[NetworkPath]:
         """Paths from the teacher to the student, most assistants first."""
@@ -262,7 +340,9 @@ class Study:
         return self.ends + [path for path in leaves if path[-1] != self.student]
 
     def mean(self, path: NetworkPath, which: str = "best") -> float | None:
-        return self.cells[path].mean(which) if path in self.cells else None
+        """Over the seeds in common."""
+        cell = self.cell(path)
+        return cell.mean(which) if cell else None
 
     def best(self, which: str = "best") -> NetworkPath | None:
         """The path to the student with the highest mean, None before one is finished."""
@@ -275,18 +355,22 @@ class Study:
 
 
 def studies(found: Collection) -> list[Study]:
-    """The studies among runs: one per study folder, data set, guidance and teacher; other runs by data set, recipe and
-    epochs. Networks alone and with one teacher belong to both guidances, a search's trials to none.
+    """The studies among runs: those planned in a folder, and other runs where two paths end in one student. These are
+    of one study if they agree in their images, recipe, epochs and guidance. Networks alone and with one teacher belong
+    to both guidances; a search's trials to none, nor do paths in which a network teaches one of its own kind.
     """
     parts: dict[Any, list[Run]] = {}
-    for run in [run for run in found.runs.values() if not run.search]:
-        comparable = None if run.study else (run.config["recipe"], run.config["epochs"])
+    for run in [run for run in found.runs.values() if not run.search and _all_differ(run.path)]:
+        alike = ("recipe", "epochs", "image_size", "validation_split")
+        comparable = None if run.study else (run.train_images, *map(run.config.get, alike))
         for guidance in _guidances(run.path):
-            parts.setdefault((run.study, run.config["dataset"], comparable, guidance), []).append(run)
+            parts.setdefault((run.study, run.data, comparable, guidance), []).append(run)
     result = []
-    for (folder, dataset, _, guidance), members in parts.items():
+    for (folder, _, _, guidance), members in parts.items():
         mine = [(path, seed) for path, seed in found.planned.get(folder, []) if guidance in _guidances(path)]
         planned = [(plan.networks(path), seed) for path, seed in mine]
+        reasons = found.failed.get(folder, {}) | {(run.path, run.seed): run.failed for run in members if run.failed}
+        failed = {(plan.networks(path), seed): why for (path, seed), why in reasons.items()}
         paths = {plan.networks(run.path) for run in members} | {path for path, _ in planned}
         if guidance == "all" and max(map(len, paths)) < 3:
             continue
@@ -303,14 +387,29 @@ def studies(found: Collection) -> list[Study]:
                 cells[path] = candidate
             wanted = [path for path, _ in planned if path in taught or (len(path) == 1 and path[0] in sizes)]
             seeds = {path: wanted.count(path) for path in wanted}
-            result.append(Study(folder, dataset, sizes, cells, seeds, ambiguous, guidance))
+            of_these = {key: why for key, why in failed.items() if key[0] in {*wanted, *cells}}
+            study = Study(folder, data_name(members[0]), sizes, cells, seeds, ambiguous, of_these, guidance)
+            if planned or len(study.ends) > 1:
+                result.append(study)
     return result
+
+
+def _all_differ(path: NetworkPath) -> bool:
+    networks = plan.networks(path)
+    return len(set(networks)) == len(networks)
 
 
 def _guidances(path: NetworkPath) -> list[str]:
     """The guidances of the studies that a path belongs to."""
     networks = plan.networks(path)
     return [name for name, form in {"last": networks, "all": plan.guided(networks)}.items() if path == form]
+
+
+def data_name(run: Run) -> str:
+    """A data set; folders of images by their name and the digest of their contents."""
+    dataset, digest = run.data
+    place = Path(run.config.get("dataset_dir") or "").name
+    return f"{dataset} {place} (images {digest[:8]})" if digest else dataset
 
 
 def _sizes(paths: Iterable[NetworkPath]) -> NetworkPath:
@@ -325,16 +424,3 @@ def _sizes(paths: Iterable[NetworkPath]) -> NetworkPath:
         ordered.append(chosen)
         networks.remove(chosen)
     return tuple(ordered)
-
-
-# -------------------------------------------------------------------------------------------------- published
-def published() -> list[dict[str, Any]]:
-    """[{source, title, dataset, method, percent: {path as text: number}}] of published.json."""
-    return json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
-
-
-def published_for(dataset: str, path: NetworkPath, method: str | None) -> dict[str, float]:
-    """{source: percent} of the same cell: data set, path and, where something was distilled, method."""
-    text = plan.arrows(path)
-    same = [entry for entry in published() if entry["dataset"] == dataset and text in entry["percent"]]
-    return {entry["source"]: entry["percent"][text] for entry in same if len(path) == 1 or entry["method"] == method}

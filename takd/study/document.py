@@ -46,8 +46,11 @@ class Document:
             heading, *lines = ([printable(row[i]) for i in kept] for row in (header, *rows))
             self.blocks.append(("table", heading, lines, mark))
 
-    def figure(self, name: str, drawn: tuple[str, bytes], caption: str) -> None:
-        """`drawn` is (SVG text, PNG bytes), kept as <name>.svg and <name>.png; a `name` already taken gets a number."""
+    def figure(self, name: str, drawn: tuple[str, bytes, str | None], caption: str) -> None:
+        """`drawn` is a figures.Drawn, kept as <name>.svg and <name>.png; a `name` already taken gets a number.
+
+        On a narrow screen the page shows its third part, where there is one.
+        """
         taken = [block[1] for block in self.blocks if block[0] == "figure"]
         name = next(free for free in (name, *(f"{name}-{i}" for i in range(2, len(taken) + 3))) if free not in taken)
         self.blocks.append(("figure", name, printable(caption), *drawn))
@@ -88,19 +91,22 @@ class Document:
                     parts.append(f"<pre>{html.escape(line)}</pre>")
                 case "table", header, rows, mark:
                     parts.append(_html_table(header, rows, mark))
-                case "figure", _, caption, svg, _:
-                    # Two figures on one page must not share ids.
-                    svg = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>part{len(parts)}-", svg[svg.index("<svg") :])
-                    label = html.escape(caption)
-                    look = f'<figure role="img" aria-label="{label}">'
-                    parts.append(f"{look}{svg}<figcaption>{label}</figcaption></figure>")
+                case "figure", _, caption, svg, _, narrow:
+                    label, number = html.escape(caption), len(parts)
+                    shown = _inline(svg, f"part{number}-")
+                    if narrow:
+                        stacked = _inline(narrow, f"narrow{number}-")
+                        shown = f"<div class=wide>{shown}</div><div class=narrow>{stacked}</div>"
+                    parts.append(
+                        f'<figure role="img" aria-label="{label}">{shown}<figcaption>{label}</figcaption></figure>'
+                    )
         title = html.escape(next(block[1] for block in self.blocks if block[0] == "heading"))
         style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
         return PAGE.format(title=title, style=style, body="\n".join(parts))
 
     def write(self) -> None:
         contents = {"report.md": self.markdown().encode(), "report.html": self.html().encode()} | self.attached
-        for _, name, _, svg, png in (block for block in self.blocks if block[0] == "figure"):
+        for _, name, _, svg, png, _ in (block for block in self.blocks if block[0] == "figure"):
             contents |= {f"{name}.svg": svg.encode(), f"{name}.png": png}
         for name, content in contents.items():
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +118,11 @@ def _plain(text):
     """Text for Markdown as it is to be read: names of the user's are no markup."""
     text = re.sub(r"&(?=#?\w+;)", "&amp;", re.sub(r"([\\`*|~$\[\]]|(?<!\w)_|_(?!\w))", r"\\\1", text))
     return re.sub(r"<(?=[a-zA-Z/!?])", "&lt;", text)
+
+
+def _inline(svg: str, prefix: str) -> str:
+    """An SVG file's text for a page, where two figures must not share ids."""
+    return re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}", svg[svg.index("<svg") :])
 
 
 def _numeric(header, rows):

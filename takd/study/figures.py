@@ -1,4 +1,4 @@
-"""Figures, each as (SVG text, PNG bytes): of a path study, and of one network's predictions class by class.
+"""Figures, each as Drawn: of a path study, of methods, of a search, and of one network's predictions class by class.
 
 Shared look: ours in blue, the best marked in orange, trained alone in grey, published numbers small and grey.
 """
@@ -8,19 +8,27 @@ import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from takd.study.collect import Group, Study
+from takd.study.pairs import Table
 from takd.study.plan import NetworkPath
 from takd.study.ranking import Search
 
-Drawn = tuple[str, bytes]
+
+class Drawn(NamedTuple):
+    svg: str
+    png: bytes
+    narrow: str | None = None  # SVG with the panels one below the other, where there are several
+
+
 Parameters = ParamSpec("Parameters")
 Published = Mapping[NetworkPath, float]
 
@@ -29,22 +37,63 @@ BLUE, PALE, BEST, PAPER = "#1f6fb2", "#e3effa", "#d9730d", "#8a94a0"
 STEPS = ("#0b3c6f", "#2f7fc1", "#39a3a0", "#8cb369", "#c9a227", "#b5651d", "#7d5ba6", "#c2517c")
 SHADES = LinearSegmentedColormap.from_list("shades", ("#a9c95a", "#39a3a0", BLUE, "#0b2545"))
 DASHED = (0, (4, 3))
+LINES = ("-", (0, (1, 1)), (0, (5, 1, 1, 1)))  # of methods beyond the colours
 STYLE = Path(__file__).with_name("figures.mplstyle")
 
 
 def styled(draw: Callable[Parameters, Figure]) -> Callable[Parameters, Drawn]:
-    """The figure as (SVG text, PNG bytes). Needs no display."""
+    """The figure as Drawn. Needs no display."""
 
     @functools.wraps(draw)
     def drawn(*arguments: Parameters.args, **named: Parameters.kwargs) -> Drawn:
-        svg, png = io.StringIO(), io.BytesIO()
         with rc_context(fname=STYLE):
-            figure = draw(*arguments, **named)
-            figure.savefig(svg, format="svg", metadata={"Date": None})
-            figure.savefig(png, format="png", dpi=160)
-        return svg.getvalue(), png.getvalue()
+            return _written(draw(*arguments, **named))
 
     return drawn
+
+
+def panels(draw: Callable[Concatenate[int, Parameters], Figure]) -> Callable[Parameters, Drawn]:
+    """The same for a figure of panels, `draw`n with at most so many beside each other; narrow, with one."""
+
+    @functools.wraps(draw)
+    def drawn(*arguments: Parameters.args, **named: Parameters.kwargs) -> Drawn:
+        with rc_context(fname=STYLE):
+            wide, narrow = (draw(columns, *arguments, **named) for columns in (3, 1))
+            return _written(wide)._replace(narrow=_written(narrow).svg)
+
+    return drawn
+
+
+def _written(figure: Figure) -> Drawn:
+    svg, png = io.StringIO(), io.BytesIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    figure.savefig(png, format="png", dpi=160)
+    return Drawn(svg.getvalue(), png.getvalue())
+
+
+def _grid(count: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Any]]:
+    """A figure of `count` panels of a size in inches, and their axes."""
+    width = min(count, columns)
+    height = -(-count // width)
+    figure = Figure(figsize=(size[0] * width, size[1] * height), layout="constrained")
+    axes = list(figure.subplots(height, width, squeeze=False).flat)
+    for unused in axes[count:]:
+        unused.axis("off")
+    return figure, axes[:count]
+
+
+def _legend(figure: Figure, handles: Sequence[Any]) -> None:
+    """Below the panels, in as many columns as fit the figure, which grows by the legend's height."""
+    renderer: Any = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(len(handles), 0, -1):
+        look: dict[str, Any] = {"loc": "outside lower center", "ncols": columns, "fontsize": 8.5}
+        legend = figure.legend(handles=handles, **look)
+        box = legend.get_window_extent(renderer)
+        if box.width <= figure.bbox.width or columns == 1:
+            width, height = figure.get_size_inches()
+            figure.set_size_inches(max(width, box.width / figure.dpi), height + box.height / figure.dpi)
+            return
+        legend.remove()
 
 
 # -------------------------------------------------------------------------------------------- the paper's figure 5
@@ -90,7 +139,7 @@ def _node(
     look: tuple[str, str, str],
 ) -> None:
     """A path's last network: mean, deviation or progress, and the published number. look: face, edge, ink."""
-    group, (x, y) = study.cells.get(path), place
+    group, (x, y) = study.cell(path), place
     mean = group.mean("best") if group else None
     face, edge, ink = look if mean is not None else ("white", FAINT, GREY)
     text, below = "   –   ", []
@@ -98,6 +147,8 @@ def _node(
         text = f"{mean:.2f}"
         if group and (deviation := group.deviation("best")) is not None:
             below.append(f"± {deviation:.2f}")
+    elif any(path == failed for failed, _ in study.failed):
+        text = "failed"
     elif group:
         so_far = max((run.accuracy("best") or 0 for run in group.runs if run.records), default=None)
         text = f"({so_far:.2f})" if so_far is not None else text
@@ -112,12 +163,13 @@ def _node(
 
 
 # ------------------------------------------------------------------------------------------------- assistants
-@styled
-def assistants(study: Study, published: Published) -> Figure:
-    """The student's best accuracy by the number of assistants, and by the size of a single one."""
-    figure = Figure(figsize=(11, 4.3))
-    left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": (1.25, 1)})
+@panels
+def assistants(columns: int, study: Study, published: Published) -> Figure:
+    """The student's best accuracy by the number of assistants and, with two or more, by the size of a single one."""
     best, means = study.best(), {path: mean for path in study.ends if (mean := study.mean(path)) is not None}
+    singles, middle = {path[1]: path for path in means if len(path) == 3}, study.sizes[1:-1]
+    figure, axes = _grid(1 + (len(singles) > 1), columns, (5.5, 3.9))
+    left = axes[0]
     by_count: dict[int, list[NetworkPath]] = {}
     for path in means:
         by_count.setdefault(len(path) - 2, []).append(path)
@@ -127,93 +179,105 @@ def assistants(study: Study, published: Published) -> Figure:
         mean = sum(means[path] for path in members) / len(members)
         left.hlines(mean, count - 0.3, count + 0.3, color=BLUE, lw=1.5, alpha=0.5)
     counts = range(max((len(path) - 2 for path in study.ends), default=0) + 1)
-    left.set(
-        xlabel="number of assistants",
-        ylabel=f"best test accuracy of {study.student}, %",
-        title="By number of assistants",
-    )
+    left.set(xlabel="number of assistants", title="By number of assistants")
     left.set_xticks(list(counts), [f"{count}" + (" (BLKD)" if count == 0 else "") for count in counts])
     left.set_xlim(-0.6, len(counts) - 0.4)
-
-    singles, middle = {path[1]: path for path in means if len(path) == 3}, study.sizes[1:-1]
-    for x, network in enumerate(middle):
-        if network in singles:
-            _point(right, x, study, singles[network], published)
-    own = [study.mean((network,)) for network in middle]
-    labels = [name if value is None else f"{name}\nalone {value:.2f}" for name, value in zip(middle, own, strict=True)]
-    right.set_xticks(range(len(middle)), labels)
-    limits = (-0.6, max(len(middle) - 0.4, 0.6))
-    right.set(xlabel="the assistant, if there is exactly one", title="By size of a single assistant", xlim=limits)
-    references = [((study.student,), "alone (NOKD)", GREY), ((study.teacher, study.student), "directly (BLKD)", BLUE)]
-    lines = sorted((mean, name, color) for path, name, color in references if (mean := study.mean(path)) is not None)
-    for axes in (left, right):
-        axes.grid(axis="x", visible=False)
-        for (value, name, color), side in zip(lines, ("top", "bottom")[-len(lines) :], strict=True):
-            axes.axhline(value, color=color, lw=1.1, ls=DASHED, zorder=1)
-            if axes is right:  # apart, however near the two are
-                beside: dict[str, Any] = {
-                    "xycoords": ("axes fraction", "data"),
-                    "textcoords": "offset points",
-                    "xytext": (5, 0),
-                }
-                axes.annotate(name, (1, value), va=side, fontsize=8, color=color, annotation_clip=False, **beside)
+    for right in axes[1:]:
+        for x, network in enumerate(middle):
+            if network in singles:
+                _point(right, x, study, singles[network], published)
+        own = [study.mean((network,)) for network in middle]
+        labels = [name if mean is None else f"{name}\nalone {mean:.2f}" for name, mean in zip(middle, own, strict=True)]
+        right.set_xticks(range(len(middle)), labels)
+        limits = (-0.6, max(len(middle) - 0.4, 0.6))
+        right.set(xlabel="the assistant, if there is exactly one", title="By size of a single assistant", xlim=limits)
+        right.sharey(left)
+    lines = [((study.student,), "alone (NOKD)", GREY), ((study.teacher, study.student), "directly (BLKD)", BLUE)]
     handles = [Line2D([], [], marker="o", ls="", color=BLUE, label="a path (mean ± standard deviation over seeds)")]
     handles.append(
         Line2D([], [], marker="o", ls="", color=BEST, label=f"best: {study.short(best)}" if best else "best")
     )
+    for path, name, color in lines:
+        if (value := study.mean(path)) is not None:
+            handles.append(Line2D([], [], color=color, lw=1.1, ls=DASHED, label=name))
+            for each in axes:
+                each.axhline(value, color=color, lw=1.1, ls=DASHED, zorder=1)
+    for each in axes:
+        each.grid(axis="x", visible=False)
+        each.set_ylabel(f"best test accuracy of {study.student}, %")
     if any(len(members) > 1 for members in by_count.values()):
         handles.append(Line2D([], [], color=BLUE, alpha=0.5, label="mean of these paths"))
     if any(path in published for path in means):
         handles.append(Line2D([], [], marker="D", ls="", mfc="none", mec=PAPER, ms=5, label="the paper's number"))
-    figure.legend(handles=handles, loc="lower center", ncols=4, fontsize=8.5)
-    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    _legend(figure, handles)
     return figure
 
 
 def _point(axes: Any, x: float, study: Study, path: NetworkPath, published: Published) -> None:
-    color, spread = BEST if path == study.best() else BLUE, study.cells[path].deviation("best")
+    color, cell = BEST if path == study.best() else BLUE, study.cell(path)
+    spread = cell.deviation("best") if cell else None
     axes.errorbar(x, study.mean(path), yerr=spread, fmt="o", ms=7, color=color, capsize=3, lw=1.2, zorder=3)
     if path in published:
         axes.plot(x, published[path], "D", mfc="none", mec=PAPER, ms=5, zorder=2)
 
 
 # --------------------------------------------------------------------------------------------- learning curves
-@styled
-def curves(study: Study) -> Figure:
+@panels
+def curves(columns: int, study: Study) -> Figure:
     """Test accuracy by epoch: one panel per network, one line per path (mean over its seeds), coloured by teacher."""
-    trained = {path[-1] for path, group in study.cells.items() if group.runs}
+    trained = {path[-1] for path, group in study.cells.items() if any(run.records for run in group.runs)}
     shown = [network for network in study.sizes if network in trained]
-    width, height = min(len(shown), 3), -(-len(shown) // 3)
-    figure = Figure(figsize=(3.9 * width, 3.1 * height + 0.5))
-    grid = list(figure.subplots(height, width, squeeze=False).flat)
+    figure, grid = _grid(len(shown), columns, (3.9, 3.1))
     color = {network: STEPS[i % len(STEPS)] for i, network in enumerate(study.sizes)}
-    best, teachers = study.best(), set()
-    for axes, network in zip(grid, shown, strict=False):
-        for path, group in study.cells.items():
-            series = [[record["test_accuracy_percent"] for record in run.records] for run in group.runs if run.records]
-            if path[-1] != network or not series:
-                continue
-            length = min(map(len, series))
-            means = [sum(values[epoch] for values in series) / len(series) for epoch in range(length)]
+    best, alone = study.best(), False
+    teachers: set[str] = set()
+    for axes, network in zip(grid, shown, strict=True):
+        for path in [path for path in study.cells if path[-1] == network]:
             if len(path) == 1:
                 look: dict[str, Any] = {"color": GREY, "ls": (0, (4, 2)), "lw": 1.4}
             else:
                 look = {"color": color[path[-2]], "lw": 1.4}
-                teachers.add(path[-2])
             if path == best:
                 look |= {"color": BEST, "lw": 2.4, "zorder": 4}
-            axes.plot(range(1, length + 1), means, marker="o" if length < 8 else None, ms=3, **look)
-        axes.set(title=network, xlabel="epochs trained", ylabel="test accuracy, %")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in grid[len(shown) :]:
-        axes.axis("off")
-    handles = [Line2D([], [], color=GREY, ls=(0, (4, 2)), label="alone")]
+            if _curve(axes, study.cell(path), look):
+                alone, teachers = alone or len(path) == 1, teachers | set(path[-2:-1])
+        _by_epoch(axes, network)
+    handles = [Line2D([], [], color=GREY, ls=(0, (4, 2)), label="alone")] if alone else []
     for network in study.sizes:
         if network in teachers:
             handles.append(Line2D([], [], color=color[network], label=f"taught by {network}"))
     handles += [Line2D([], [], color=BEST, lw=2.4, label=f"best path: {study.short(best)}")] if best else []
-    figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 3 if width < 3 else 6), fontsize=8.5)
-    figure.tight_layout(rect=(0, 0.22 / height if width < 3 else 0.12 / height, 1, 1))
+    _legend(figure, handles)
+    return figure
+
+
+def _curve(axes: Any, group: Group | None, look: Mapping[str, Any]) -> bool:
+    """The mean over a group's runs, as far as all have come. Whether there is one."""
+    runs = [run.records for run in group.runs if run.records] if group else []
+    length = min(map(len, runs), default=0)
+    values = [sum(records[epoch]["test_accuracy_percent"] for records in runs) / len(runs) for epoch in range(length)]
+    axes.plot(range(1, length + 1), values, marker="o" if length < 8 else None, ms=3, **look)
+    return bool(runs)
+
+
+def _by_epoch(axes: Any, title: str) -> None:
+    axes.set(title=title, xlabel="epochs trained", ylabel="test accuracy, %")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+
+
+@panels
+def methods(columns: int, table: Table) -> Figure:
+    """Test accuracy by epoch: one panel per pair, one line per method, base dashed."""
+    figure, grid = _grid(len(table.pairs), columns, (6.2 if len(table.pairs) == 1 else 4.4, 3.6))
+    looks: dict[str, dict[str, Any]] = {}
+    for i, name in enumerate(name for name in table.methods if name != "base"):
+        looks[name] = {"color": STEPS[i % len(STEPS)], "ls": LINES[i // len(STEPS) % len(LINES)], "lw": 1.5}
+    looks["base"] = {"color": GREY, "ls": DASHED, "lw": 1.8, "zorder": 4}
+    for axes, pair in zip(grid, table.pairs, strict=True):
+        for name, group in pair.cells.items():
+            _curve(axes, group, looks[name])
+        _by_epoch(axes, pair.name)
+    _legend(figure, [Line2D([], [], **looks[name], label=name) for name in table.methods])
     return figure
 
 

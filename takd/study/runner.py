@@ -75,7 +75,7 @@ class Runner:
             elif training.teacher and not training.teacher.finished:
                 if training.teacher not in self.waiting and training.teacher not in self.running:
                     self.waiting.remove(training)
-                    self.failed[training] = f"its teacher {training.teacher.name} is not finished"
+                    self._fail(training, f"its teacher {training.teacher.name} is not finished")
             elif self.slots and not self.stopping and not training.run.in_use:
                 self.waiting.remove(training)
                 self._start(training, self.slots.pop(0))
@@ -107,8 +107,12 @@ class Runner:
             elif self.stopping or training.run.in_use:  # another process has started it: wait for that
                 self.waiting.append(training)
             else:
-                self.failed[training] = exit_reason(process.returncode, training.log)
+                self._fail(training, exit_reason(process.returncode, training.log))
                 say(f"failed    {training.name}: {self.failed[training]}")
+
+    def _fail(self, training: Training, reason: str) -> None:
+        self.failed[training] = reason
+        training.run.fail(reason)
 
     def _report(self, training: Training, say: Callable[[str], None]) -> None:
         summary = training.run.read(training.run.summary_file)

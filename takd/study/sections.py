@@ -1,33 +1,43 @@
 """The sections of a report over runs, as blocks of a Document: the answer first, then tables and figures."""
 
+import statistics as means
 from collections.abc import Iterator, Mapping, Sequence
 
 from takd.config import names
-from takd.config.names import DATASETS
 from takd.run.console import duration
-from takd.study import collect, figures, statistics
+from takd.study import collect, figures, published, statistics
 from takd.study.collect import Group, Run, Study
+from takd.study.comparisons import SAMPLING, SEEDS, comparison, seeds_sentence
 from takd.study.document import Document
-from takd.study.formatting import p_value, percent, points, recipe_of, seeds_of, settings_of
+from takd.study.formatting import (
+    learned_from,
+    listed,
+    method_of,
+    percent,
+    points,
+    recipe_of,
+    recipes_of,
+    seeds_of,
+    seeds_text,
+)
+from takd.study.pairs import Table
 from takd.study.plan import NetworkPath, arrows
 from takd.study.ranking import Search
-from takd.study.statistics import Difference
 
-Published = Mapping[NetworkPath, Mapping[str, float]]
+OPTIMISTIC = (
+    "The best epoch was chosen on the test images, as in the paper, so its numbers are optimistic; those of the last "
+    "epoch are not."
+)
 
 
 # -------------------------------------------------------------------------------------------------- a path study
 def study_section(document: Document, found: Study, only: bool) -> None:
     """Everything about one study. `only`: there is no other in this document."""
-    best, slug = found.best(), "-".join(map(names.file_name, (found.teacher, found.student, found.dataset)))
+    best = found.best()
+    slug = "-".join(map(names.file_name, (found.teacher, found.student, found.dataset.split()[0])))
     document.heading(found.title if only or not found.folder else f"{found.title} ({found.folder})", 1 if only else 2)
     document.text(*lead(found, best))
-    published = {
-        path: collect.published_for(found.dataset, path, found.cells[path].method if path in found.cells else "kd")
-        for path in {*found.cells, *found.planned}
-        if found.guidance == "last" or len(path) < 3
-    }
-    paper = {path: cells["paper"] for path, cells in published.items() if "paper" in cells}
+    paper = published.papers(found)
     beside = " and the paper's number" if paper else ""
     caption = (
         "Every path, as in figure 5 of the paper: test accuracy at the best epoch in percent, the mean over seeds with "
@@ -35,72 +45,112 @@ def study_section(document: Document, found: Study, only: bool) -> None:
     )
     document.figure(f"figures/{slug}-paths", figures.paths(found, paper), caption)
     document.heading("All paths", 3)
-    cited = [entry["source"] for entry in collect.published()]
-    sources = [source for source in dict.fromkeys(cited) if any(source in cells for cells in published.values())]
     ranked = sorted(found.ends, key=lambda path: -(found.mean(path) or -1))
     shown = dict.fromkeys([*ranked, (found.student,), (found.teacher,)])
-    rows = [path_row(found, path, published, sources) for path in shown]
-    header = ["path", "settings", "seeds", "best epoch, %", "last epoch, %", *sources]
-    document.table(header, rows, mark=0 if best else None)
-    comparison(document, found)
-    if best:
+    path_table(document, found, list(shown), paper, mark=0 if best else None)
+    failures(document, [f"{arrows(path)}, seed {seed}: {why}" for (path, seed), why in found.failed.items()])
+    cells = {found.short(path): cell for path in ranked if (cell := found.cell(path)) and cell.finished}
+    references = {"BLKD": (found.teacher, found.student), "NOKD": (found.student,)}
+    known = {name: cell for name, path in references.items() if (cell := found.cell(path)) and cell.finished}
+    if found.seeds and cells and known and (len(cells) > 1 or "NOKD" in known):
+        document.heading("Against direct distillation (BLKD) and training alone (NOKD)", 3)
+        comparison(document, "path", cells, known)
+    if best and any(len(path) > 2 and found.mean(path) is not None for path in found.ends):
         drawn = figures.assistants(found, paper)
         document.figure(f"figures/{slug}-assistants", drawn, f"The effect of assistants on {found.student}.")
         rule(document, found)
     between = [path for path in [*found.cells, *found.planned] if path[-1] not in (found.student, found.teacher)]
     ordered = sorted(dict.fromkeys(between), key=lambda path: (found.sizes.index(path[-1]), -(found.mean(path) or -1)))
-    document.heading("Intermediate networks", 3)
-    document.table(["network", *header], [[path[-1], *path_row(found, path, published, sources)] for path in ordered])
+    if between:
+        document.heading("Intermediate networks", 3)
+        path_table(document, found, ordered, paper, network=True)
     if any(run.records for group in found.cells.values() for run in group.runs):
         caption = "Learning curves on the test images; lines are means over the seeds so far."
         document.figure(f"figures/{slug}-curves", figures.curves(found), caption)
-    citations(document, "Published numbers:", found.dataset, sources)
 
 
-def path_row(found: Study, path: NetworkPath, published: Published, sources: Sequence[str]) -> list[str]:
+def path_table(
+    document: Document,
+    found: Study,
+    paths: Sequence[NetworkPath],
+    paper: Mapping[NetworkPath, float],
+    mark: int | None = None,
+    network: bool = False,
+) -> None:
+    """A row a path that was run or planned: means over its own seeds and, where seeds are unequal, over those in
+    common. `network`: a column with its last network."""
+    paths = [path for path in paths if path in found.cells or path in found.planned]
+    groups = [found.cells[path] for path in paths if path in found.cells]
+    recipes = dict(zip(map(id, groups), recipes_of(groups), strict=True))
+    recipes = recipes if len(set(recipes.values())) > 1 else {}
+    unequal = any(set(group.finished) - found.seeds for group in groups if group.finished) and bool(found.seeds)
+    rows = []
+    for path in paths:
+        group, mean = found.cells.get(path), found.mean(path)
+        outcomes = ["", ""]
+        if group:
+            outcomes = [percent(group.mean(which), group.deviation(which)) for which in collect.OUTCOMES]
+        row = [path[-1]] if network else []
+        row += [found.short(path) if len(path) > 1 else f"{path[0]} alone"]
+        row[-1] += _role(found, path) + _state(found, path)
+        row += [method_of(group), recipes.get(id(group), "")] if group else ["", ""]
+        row += [seeds_of(group, found.planned.get(path, 0)), *outcomes, percent(mean) if unequal else ""]
+        rows.append([*row, published.paper_number(paper.get(path), group.mean("best") if group else None)])
+    header = ["network"] if network else []
+    header += ["path", "method", "recipe, epochs", "seeds", "best epoch, %", "last epoch, %"]
+    document.table([*header, f"best, {seeds_text(found.seeds)}, %" if unequal else "", "paper"], rows, mark=mark)
+
+
+def _role(found: Study, path: NetworkPath) -> str:
+    roles = {(found.teacher, found.student): " (BLKD)", (found.student,): " (NOKD)", (found.teacher,): " (teacher)"}
+    return roles.get(path, "")
+
+
+def _state(found: Study, path: NetworkPath) -> str:
+    """What a row says of a path without a finished run."""
     group = found.cells.get(path)
-    if len(path) > 1:
-        name = found.short(path) + (" (BLKD)" if path == (found.teacher, found.student) else "")
-    else:
-        role = " (NOKD)" if path[0] == found.student else " (teacher)" if path[0] == found.teacher else ""
-        name = f"{path[0]} alone{role}"
-    if not (group and group.finished):
-        progress = ", ".join(f"seed {run.seed} {run.progress}" for run in group.runs) if group else ""
-        name += f", not finished: {progress}" if group else ", not begun"
-    cells = [percent(group.mean(which), group.deviation(which)) for which in collect.OUTCOMES] if group else ["", ""]
-    theirs = [percent(published.get(path, {}).get(source)) for source in sources]
-    return [name, settings_of(group) if group else "", seeds_of(group, found.planned.get(path, 0)), *cells, *theirs]
+    if group and group.finished:
+        return ""
+    if any(path == failed for failed, _ in found.failed):
+        return ", failed"
+    if not group:
+        return ", not begun"
+    return f", not finished: {', '.join(f'seed {run.seed} {run.progress}' for run in group.runs)}"
 
 
-def citations(document: Document, lead_in: str, dataset: str, sources: Sequence[str]) -> None:
-    entries = [entry for entry in collect.published() if entry["source"] in sources and entry["dataset"] == dataset]
-    if entries:
-        document.text(lead_in, "; ".join(sorted({f"{entry['source']}: {entry['title']}" for entry in entries})) + ".")
+def failures(document: Document, failed: Sequence[str]) -> None:
+    if failed:
+        document.text(f"Failed: {'; '.join(failed)}.")
 
 
 def lead(found: Study, best: NetworkPath | None) -> Iterator[str]:
     """The best path first, then how complete the study is."""
     total = sum(found.planned.values()) or sum(len(group.runs) for group in found.cells.values())
     done = sum(len(group.finished) for group in found.cells.values())
-    if best is None:
+    group = found.cell(best) if best else None
+    if best is None or group is None:
         yield f"No path to {found.student} is finished yet."
     else:
-        group = found.cells[best]
-        mean = percent(found.mean(best), group.deviation("best"))
-        yield f"The best path is {arrows(best)}: {mean} % at its best epoch"
-        yield f"(mean of {len(group.finished)} seeds)." if len(group.finished) > 1 else "(one seed)."
+        yield f"The best path is {arrows(best)}: {percent(group.mean('best'), group.deviation('best'))} % at its best"
+        error = statistics.standard_error(group.mean("best") or 0, group.test_images) if group.test_images else None
+        alone_seed = (
+            f"; {group.test_images:,} test images give it a standard error of {error:.2f} points" if error else ""
+        )
+        several = len(group.finished) > 1
+        yield f"epoch ({'mean of ' * several}{seeds_text(group.finished)}{'' if several else alone_seed})."
         direct, alone = found.mean((found.teacher, found.student)), found.mean((found.student,))
         others = {"directly from the teacher": direct if len(best) > 2 else None, "alone": alone}
         if known := ", ".join(f"{how} {value:.2f} %" for how, value in others.items() if value is not None):
             yield f"For comparison, {found.student} {known}."
-        if alone is not None and alone >= (found.mean(best) or 0):
+        if alone is not None and found.seeds and alone >= (found.mean(best) or 0):
             yield "No path is better than training alone."
+        yield seeds_sentence([found.cells[path] for path in (*found.ends, (found.student,)) if path in found.cells])
     if done < total:
-        yield f"This report is partial: {done} of {total} trainings are finished; unfinished ones are marked."
+        marked = "failed and unfinished ones are marked" if found.failed else "unfinished ones are marked"
+        yield f"This report is partial: {done} of {total} trainings are finished; {marked}."
     configs = [group.config for group in found.cells.values()]
     if any(not config["validation_split"] for config in configs):
-        yield "The best epoch was chosen on the test images, as in the paper, so its numbers are optimistic;"
-        yield "those of the last epoch are not."
+        yield OPTIMISTIC
     lengths = " or ".join(map(str, sorted({config["epochs"] for config in configs})))
     yield f"Recipe {', '.join(sorted({config['recipe'] for config in configs}))}, {lengths} epochs."
     if found.ambiguous:
@@ -109,81 +159,6 @@ def lead(found: Study, best: NetworkPath | None) -> Iterator[str]:
         yield "the leaderboard has them all."
     if len(set(map(names.family, found.sizes))) > 1:
         yield "The sizes are of several families."
-
-
-def comparison(document: Document, found: Study) -> None:
-    """Differences from direct distillation and from training alone, with a paired test over seeds."""
-    references = {"BLKD": (found.teacher, found.student), "NOKD": (found.student,)}
-    have = {name: path for name, path in references.items() if path in found.cells and found.cells[path].finished}
-    paths = sorted(
-        (path for path in found.ends if found.mean(path) is not None), key=lambda p: found.mean(p) or 0, reverse=True
-    )
-    if not have or not paths:
-        return
-    document.heading("Against direct distillation (BLKD) and training alone (NOKD)", 3)
-    for which in collect.OUTCOMES:
-        header, rows = [f"path, {which} epoch"], [[found.short(path)] for path in paths]
-        sentences: list[str] = []
-        for name, reference in have.items():
-            members = [
-                None if path == reference else statistics.difference(found.cells[path], found.cells[reference], which)
-                for path in paths
-            ]
-            corrected = statistics.holm(members)
-            header += [f"against {name}, points", f"against {name}: p"]
-            for row, difference, p in zip(rows, members, corrected, strict=True):
-                spread = f" ± {difference.deviation:.2f}" if difference and difference.deviation is not None else ""
-                row += [points(difference.mean) + spread if difference else "", p_value(p)]
-            sentences += verdict(found, name, paths, members, corrected)
-        document.table(header, rows)
-        document.text(f"At the {which} epoch:", *sentences)
-    if max(len(found.cells[path].finished) for path in paths) < 2:
-        images = DATASETS[found.dataset].test_images if found.dataset in DATASETS else None
-        error = statistics.standard_error(found.mean(paths[0]) or 0, images) if images else 0
-        document.text(
-            "With one seed no test across seeds is possible, and no difference here can be told from the noise between",
-            "seeds.",
-            f"The {images:,} test images alone give an accuracy a standard error of {error:.2f} points."
-            if images
-            else "",
-        )
-    else:
-        document.text(
-            "p is that of a paired t-test over the seeds, with Holm's correction for the number of paths compared;",
-            "below 0.05 a difference counts as more than noise. With few seeds the test has little power: absence of",
-            "evidence is not evidence of absence.",
-        )
-
-
-def verdict(
-    found: Study,
-    name: str,
-    paths: Sequence[NetworkPath],
-    members: Sequence[Difference | None],
-    corrected: Sequence[float | None],
-) -> Iterator[str]:
-    """Plain sentences on one reference."""
-    what = {"BLKD": "direct distillation", "NOKD": "training alone"}[name]
-    tested = [
-        (found.short(path), d, p) for path, d, p in zip(paths, members, corrected, strict=True) if d and p is not None
-    ]
-    better = [path for path, d, p in tested if p < 0.05 and d.mean > 0]
-    worse = [path for path, d, p in tested if p < 0.05 and d.mean < 0]
-    known = [d for d in members if d]
-    if not known:
-        return
-    if not tested:
-        above, seeds = sum(d.mean > 0 for d in known), "one seed" if known[0].seeds == 1 else "these seeds"
-        yield f"{above} of {len(known)} paths are above {what}, which {seeds} cannot tell from noise."
-        return
-    if better:
-        yield f"Better than {what} by more than the noise between seeds: {', '.join(better)}."
-    if worse:
-        yield f"Worse than {what} by more than the noise between seeds: {', '.join(worse)}."
-    if not better and not worse:
-        yield f"No path differs from {what} by more than the noise between seeds."
-    elif len(better) + len(worse) < len(tested):
-        yield f"The other {len(tested) - len(better) - len(worse)} do not differ from it by more than the noise."
 
 
 def rule(document: Document, found: Study) -> None:
@@ -198,10 +173,18 @@ def rule(document: Document, found: Study) -> None:
     measured = max(reached, key=lambda network: reached[network])
     document.heading("The paper's rule of thumb", 3)
     agrees = "It is indeed" if measured == nearest else f"But {measured} is"
+    second = max(reached.keys() - {measured}, key=lambda network: reached[network], default=measured)
+    first, other = (found.cell((found.teacher, network, found.student)) for network in (measured, second))
+    lead_of = statistics.difference(first, other, "best") if first and other and second != measured else None
+    unclear = lead_of and lead_of.p is not None and lead_of.p >= 0.05
+    noise = SAMPLING if lead_of and lead_of.seeds == 1 else SEEDS
     document.text(
         "The best single assistant should be the one whose own accuracy is nearest the mean of teacher and student,",
         f"here {middle:.2f} %:",
         f"{nearest} with {own[nearest]:.2f} %. {agrees} the one with the best student, {reached[measured]:.2f} %.",
+        f"That is {points(lead_of.mean)} points against {second}, not more than {noise}."
+        if lead_of and unclear
+        else "",
     )
     rows = [
         [network, percent(own[network]), f"{abs(own[network] - middle):.2f}", percent(after[network])]
@@ -209,6 +192,61 @@ def rule(document: Document, found: Study) -> None:
     ]
     header = ["assistant", "alone, %", "from the mean, points", f"{found.student} after it, %"]
     document.table(header, rows, mark=list(own).index(nearest))
+
+
+# -------------------------------------------------------------------------------------------- methods side by side
+def methods_section(document: Document, table: Table, only: bool) -> None:
+    """Methods in rows and pairs of networks in columns, then every method's accuracy by epoch."""
+    pairs = table.pairs
+    title = f"Methods: {pairs[0].name}" if len(pairs) == 1 else "Methods"
+    document.heading(title, 1 if only else 2)
+    groups = [group for pair in pairs for group in pair.rows.values()]
+    with_base = any("base" in pair.cells for pair in pairs)
+    document.text(
+        f"Recipe and epochs: {listed(sorted({recipe_of(group) for group in groups}))}.",
+        "Test accuracy in percent, means over seeds with their standard deviations.",
+        f"Seeds of each: {table.seeds[0]}." if len(table.seeds) == 1 else "",
+        "In brackets the difference from base, ordinary training with the labels." if with_base else "",
+        *(f"{pair.name}: {sentence}" for pair in pairs if (sentence := seeds_sentence(list(pair.rows.values())))),
+        *(pair.teacher_sentence for pair in pairs),
+        "" if groups[0].config["validation_split"] else OPTIMISTIC,
+    )
+    for which in collect.OUTCOMES:
+        document.table(*method_rows(table, which), mark=table.methods.index(table.best))
+    slug = "-".join(pairs[0].path)
+    caption = "Test accuracy by epoch, means over seeds."
+    document.figure(f"figures/{slug}-{pairs[0].dataset.split()[0]}-methods", figures.methods(table), caption)
+    for pair in pairs:
+        cells = {name: pair.cells[name] for name in table.methods if name in pair.cells and name != "base"}
+        if cells and "base" in pair.cells:
+            document.heading(f"Against base: {pair.name}", 3)
+            comparison(document, "method", cells, {"base": pair.cells["base"]})
+
+
+def method_rows(table: Table, which: str) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: mean, difference from base and seeds for each pair; the average of rows that have all pairs."""
+    bases = [pair.cells["base"].mean(which) or 0 if "base" in pair.cells else None for pair in table.pairs]
+    rows, unequal = [], len(table.seeds) > 1
+    for name in table.methods:
+        groups = [pair.cells.get(name) for pair in table.pairs]
+        values = [group.mean(which) or 0 if group else None for group in groups]
+        row = [name]
+        for pair, group, value, base in zip(table.pairs, groups, values, bases, strict=True):
+            shown = percent(value, group.deviation(which)) if group else ""
+            row += [shown + _gain(value, base, name), seeds_of(pair.rows[name]) if group and unequal else ""]
+        average, of_base = (_average(column) if len(column) > 1 else None for column in (values, bases))
+        rows.append([*row, percent(average) + _gain(average, of_base, name)])
+    header = [word for pair in table.pairs for word in (pair.name, "seeds")]
+    return [f"method, {which} epoch", *header, "average"], rows
+
+
+def _average(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return means.fmean(known) if len(known) == len(values) else None
+
+
+def _gain(value: float | None, base: float | None, method: str) -> str:
+    return "" if value is None or base is None or method == "base" else f" ({points(value - base)})"
 
 
 # ----------------------------------------------------------------------------------------------------- a search
@@ -245,39 +283,22 @@ def search_section(document: Document, found: Search, only: bool) -> None:
 def leaderboard(document: Document, groups: Sequence[Group]) -> None:
     """Every group of seeds, best first, one table per data set."""
     document.heading("Leaderboard")
-    for dataset in dict.fromkeys(group.config["dataset"] for group in groups):
-        members = ranked([group for group in groups if group.config["dataset"] == dataset])
-        rows, cited, ranks = [], [], dict.fromkeys((group.path[-1] for group in members), 0)
-        for group in members:
-            network, theirs = group.path[-1], collect.published_for(dataset, group.path, group.method)
+    for name in dict.fromkeys(collect.data_name(group.runs[0]) for group in groups):
+        members = ranked([group for group in groups if collect.data_name(group.runs[0]) == name])
+        rows, ranks = [], dict.fromkeys((group.path[-1] for group in members), 0)
+        for group, recipe in zip(members, recipes_of(members), strict=True):
+            network = group.path[-1]
             ranks[network] += 1
-            cited += list(theirs)
             outcomes = [percent(group.mean(which), group.deviation(which)) for which in collect.OUTCOMES]
-            learned = [
-                arrows(group.path[:-1]) or "labels",
-                group.method or "",
-                settings_of(group),
-                recipe_of(group),
-                seeds_of(group),
-            ]
+            learned = [learned_from(group), method_of(group), recipe, seeds_of(group)]
             seconds = "" if group.epoch_seconds is None else f"{group.epoch_seconds:.1f}"
-            numbers = ", ".join(f"{value:.2f} ({source})" for source, value in theirs.items())
-            rows.append([network, str(ranks[network]) if group.finished else "", *learned, *outcomes, seconds, numbers])
-        header = [
-            "network",
-            "rank",
-            "learned from",
-            "method",
-            "settings",
-            "recipe, epochs",
-            "seeds",
-            "best, %",
-            "last, %",
-        ]
-        document.heading(dataset, 3)
-        document.table([*header, "s per epoch", "published"], rows)
-        lead_in = "Published, of the same data set, path and method, but each with its own recipe:"
-        citations(document, lead_in, dataset, cited)
+            rows.append([network, str(ranks[network]) if group.finished else "", *learned, *outcomes, seconds])
+        header = ["network", "rank", "learned from", "method", "recipe, epochs", "seeds", "best, %", "last, %"]
+        document.heading(name, 3)
+        document.table([*header, "s per epoch"], rows)
+        loose = [run for group in members for run in group.runs if run.failed and not run.study]
+        failures(document, [f"{arrows(run.path)}, seed {run.seed} ({run.folder}): {run.failed}" for run in loose])
+        published.table(document, [group for group in members if group.finished])
 
 
 def ranked(groups: Sequence[Group]) -> list[Group]:
@@ -289,29 +310,30 @@ def ranked(groups: Sequence[Group]) -> list[Group]:
 
 
 def compact_table(groups: Sequence[Group]) -> Document:
-    """One table of finished groups, for a README: accuracies, the paper's number, and the mean minutes of a run."""
+    """One table of finished groups, for a README: accuracies, the paper's and ours minus it, mean minutes of a run."""
     document, rows = Document(""), []
-    for group in ranked([group for group in groups if group.finished]):
-        paper = collect.published_for(group.config["dataset"], group.path, group.method).get("paper")
+    shown = ranked([group for group in groups if group.finished])
+    several = len({group.runs[0].data for group in shown}) > 1
+    for group, recipe in zip(shown, recipes_of(shown), strict=True):
+        paper = published.papers_number(group)
         minutes = sum(run.seconds for run in group.finished.values()) / len(group.finished) / 60
         outcomes = [percent(group.mean(which), group.deviation(which)) for which in collect.OUTCOMES]
         path = arrows(group.path) + (" alone" if len(group.path) == 1 else "")
-        options = f" ({settings_of(group)})" if group.options else ""
-        method = f"{group.method}{options}" if group.method else ""
-        rows.append(
-            [
-                path,
-                method,
-                recipe_of(group),
-                seeds_of(group),
-                *outcomes,
-                percent(paper),
-                f"{minutes:.{minutes < 10:d}f}",
-            ]
-        )
-    document.table(
-        ["network", "method", "recipe, epochs", "seeds", "best epoch, %", "last epoch, %", "paper", "minutes"], rows
-    )
+        data = collect.data_name(group.runs[0]) if several else ""
+        beside = [published.paper_number(paper, group.mean("best")), f"{minutes:.{minutes < 10:d}f}"]
+        rows.append([path, data, method_of(group), recipe, seeds_of(group), *outcomes, *beside])
+    header = [
+        "network",
+        "data",
+        "method",
+        "recipe, epochs",
+        "seeds",
+        "best epoch, %",
+        "last epoch, %",
+        "paper",
+        "minutes",
+    ]
+    document.table(header, rows)
     return document
 
 
@@ -335,7 +357,12 @@ def cost_section(document: Document, runs: Sequence[Run], price: float | None) -
     rows = [
         [*place, str(len(members)), duration(sum(run.seconds for run in members))] for place, members in places.items()
     ]
-    document.table([*shown, "runs", "time"], rows)
+    if len(rows) == 1:
+        document.text(
+            "All on", ", ".join(f"{name} {value}" for name, value in zip(shown, rows[0], strict=False) if value) + "."
+        )
+    else:
+        document.table([*shown, "runs", "time"], rows)
     by_network: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         if run.records:

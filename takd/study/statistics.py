@@ -3,6 +3,7 @@
 Student's distributions, central and noncentral, are computed from the regularised incomplete beta function.
 """
 
+import dataclasses
 import functools
 import math
 import statistics
@@ -21,7 +22,8 @@ class Difference:
     mean: float
     deviation: float | None
     seeds: int
-    p: float | None  # of a paired t-test; None with one seed or no spread
+    p: float | None  # of a paired t-test over the seeds; with one seed, of a z-test under the sampling error alone
+    sampling_error: float | None = None  # standard error that the number of test images gives it, with one seed
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -41,7 +43,15 @@ def difference(group: Group, reference: Group, which: str) -> Difference | None:
     """None if the two share no finished seed."""
     ours, theirs = group.values(which), reference.values(which)
     pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return paired(pairs) if pairs else None
+    if not pairs:
+        return None
+    found = paired(pairs)
+    if len(pairs) > 1 or not group.test_images:
+        return found
+    both = [values[seed] for values in (ours, theirs) for seed in ours if seed in theirs]
+    error = math.hypot(*(standard_error(percent, group.test_images) for percent in both))
+    p = math.erfc(abs(pairs[0]) / error / math.sqrt(2)) if error else None
+    return dataclasses.replace(found, p=p, sampling_error=error)
 
 
 def paired(values: Iterable[float]) -> Difference:
@@ -70,14 +80,16 @@ def standard_error(percent: float, images: int) -> float:
 
 
 def rule_of_thumb(found: Study) -> tuple[float, dict[str, float], str] | None:
-    """(mean of teacher and student alone, {assistant: its own accuracy}, the nearest), or None where one is missing."""
+    """(mean of teacher and student alone, {assistant: its own accuracy}, the nearest), or None where one is missing or
+    there is no choice.
+    """
     own = {network: value for network in found.sizes if (value := found.mean((network,))) is not None}
     if found.teacher not in own or found.student not in own:
         return None
     middle = (own[found.teacher] + own[found.student]) / 2
     tried = {path[1] for path in found.ends if len(path) == 3}
     assistants = {network: own[network] for network in found.sizes[1:-1] if network in own and network in tried}
-    if not assistants:
+    if len(assistants) < 2:  # one is the nearest in any case
         return None
     return middle, assistants, min(assistants, key=lambda network: abs(assistants[network] - middle))
 

@@ -13,8 +13,8 @@ from takd.config import run_config
 from takd.config.run_config import RunConfig
 
 INCIDENTAL = {
-    *("teacher_checkpoint", "teacher_cache", "dataset_dir", "download", "workers", "cuda", "cuda_graph", "run_dir"),
-    *("save_minutes", "json"),
+    *("teacher_checkpoint", "teacher_cache", "any_teacher", "dataset_dir", "download", "workers", "cuda"),
+    *("cuda_graph", "run_dir", "save_minutes", "json"),
 }
 UNRECORDED = {"device", "repeat", "measure", "learning", "origins"}
 

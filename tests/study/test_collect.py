@@ -6,7 +6,7 @@ import pytest
 from conftest import read_json, read_lines
 
 from takd.errors import UserError
-from takd.study import collect, plan
+from takd.study import collect, plan, published
 
 
 def test_runs_that_differ_in_their_seed_are_a_group(three_seeds, write_run):
@@ -79,18 +79,19 @@ def test_a_damaged_file_is_a_user_error(damage, three_seeds, tmp_path):
 
 
 def test_published_numbers_are_found_by_data_path_and_method():
-    found = [
-        collect.published_for("cifar10", ("resnet20", "resnet20"), "at_st"),
-        collect.published_for("cifar100", ("resnet20",), None),
-        collect.published_for("cifar100", ("resnet110", "resnet20"), "rkd"),
-        collect.published_for("cifar100", ("resnet110", "resnet20"), "st"),
+    cells = [
+        ("cifar10", ("resnet20", "resnet20"), "at_st"),
+        ("cifar100", ("resnet20", "resnet20"), "base"),
+        ("cifar100", ("resnet110", "resnet20"), "rkd"),
+        ("cifar100", ("resnet110", "resnet20"), "st"),
     ]
+    found = [{entry["source"]: entry["percent"] for entry in published.entries_for(*cell)} for cell in cells]
     assert found[0] == {"hankyul2": 92.6} and found[2] == {"RepDistiller": 69.25} and found[3] == {}
     assert found[1]["hankyul2"] == 67.6 and found[1]["RepDistiller"] == 69.06
 
 
 def test_published_numbers_are_of_networks_that_exist():
-    for entry in collect.published():
+    for entry in published.entries():
         for path in entry["percent"]:
             networks = list(dict.fromkeys(path.split(" > ")))  # a network may teach one of its own kind
             assert plan.check_sizes([*networks, "resnet8" if "plane" in path else "plane2"]), path

@@ -33,7 +33,7 @@ def test_a_class_without_images_and_one_called_accuracy(scored):
     assert found.counts == [[1, 1, 0], [0, 2, 0], [0, 0, 0]] and found.accuracies == [50, 100, None]
     assert [row["class"] for row in found.rows] == [*CLASSES, "accuracy", "macro avg", "weighted avg"]
     assert found.rows[1]["recall"] == 1 and found.rows[3]["f1"] == 0.75 and found.rows[2]["images"] == 0
-    for svg, _ in (
+    for svg, *_ in (
         figures.class_accuracy(CLASSES, found.accuracies, 75.0, [None, 1.0, 2.0]),
         figures.confusion(CLASSES, found.counts),
         figures.classification([tuple(row.values()) for row in found.rows]),
@@ -69,7 +69,7 @@ DRAWN = {
 def test_many_classes_stay_readable(figure, count, labelled):
     """The height is bounded, labels have at least 5 points and never overlap: of very many classes some have none."""
     draw, inches = DRAWN[figure]
-    svg, _ = draw([f"a class with a long name {i}" for i in range(count)])
+    svg, *_ = draw([f"a class with a long name {i}" for i in range(count)])
     assert float(re.search(r'height="([\d.]+)pt"', svg)[1]) <= 72 * inches + 1e-6
     # Labels of the vertical axis are not rotated; text as SVG text has its size in points.
     label = r'font-size: ([\d.]+)px[^>]*? y="([\d.]+)" transform="rotate\(-?0 [^>]*>(a class[^<]*)<'
