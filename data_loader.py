@@ -43,6 +43,9 @@ class Splits(NamedTuple):
         return "validation" if self.validation else "test"
 
 
+PURPOSES = {"test": "to test", "val": "to validate"}  # by Split.part
+
+
 def load(config: RunConfig, say: Say) -> Splits:
     """A run's splits, on its device."""
     splits = outline(config, pixels=True, say=say)
@@ -50,7 +53,8 @@ def load(config: RunConfig, say: Say) -> Splits:
     held_out = f", {len(splits.validation)} held out to select the epoch" if splits.validation else ""
     size = splits.train.image_size
     shown = f", {size}x{size}" if size != 32 else ""
-    say(f"data      {config.dataset}: {len(splits.train)} images to train, {len(splits.test)} to test{held_out}{shown}")
+    counts = f"{len(splits.train)} images to train, {len(splits.test)} {PURPOSES[splits.test.part]}"
+    say(f"data      {config.dataset}: {counts}{held_out}{shown}")
     return splits
 
 
@@ -103,7 +107,10 @@ def read(
     splits = {}
     for part, pair in arrays.items():
         images, labels = map(torch.from_numpy, pair)
-        splits[part] = Split(f"{name}/{part}", images, labels, classes, Transform(mean, std, size), files.get(part, ()))
+        called = "val" if name == "folder" and not (place / part).is_dir() else part
+        splits[part] = Split(
+            f"{name}/{called}", images, labels, classes, Transform(mean, std, size), files.get(part, ())
+        )
     return Splits(**splits)
 
 

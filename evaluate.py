@@ -152,6 +152,7 @@ def evaluate(
         "model": metadata["model"],
         "path": metadata.get("path", [metadata["model"]]),
         "dataset": dataset,
+        "split": test.part,
         "images": score["images"],
         "test_accuracy_percent": score["accuracy_percent"],
         "test_top5_percent": score["top5_percent"],

@@ -410,7 +410,8 @@ def repetition_line(summaries: list[dict[str, Any]]) -> str:
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         outcomes.append(f"{statistics.fmean(values):.2f}{spread} % at the {which} epoch")
     seeds = " ".join(str(summary["seed"]) for summary in summaries)
-    return f"repeated  {len(summaries)} run{'s' * (len(summaries) > 1)}, seeds {seeds}: test {', '.join(outcomes)}"
+    runs, part = f"{len(summaries)} run{'s' * (len(summaries) > 1)}", summaries[0].get("test_split", "test")
+    return f"repeated  {runs}, seeds {seeds}: {part} {', '.join(outcomes)}"
 
 
 def measure(config: RunConfig) -> None:

@@ -217,6 +217,7 @@ def write_run(teacher_run, tmp_path):
     """write_run(path, seed, accuracies) makes a run's folder with such records, after those of a real run."""
     config, summary = read_json(teacher_run / "config.json"), read_json(teacher_run / "summary.json")
     line = read_lines(teacher_run / "metrics.jsonl")[0]
+    del summary["test_images"]  # the data set may be another
 
     def write(path, seed, accuracies, finished=True, folder="runs", **settings):
         run = tmp_path / folder / "-".join((*path, f"seed{seed}", *map(str, settings.values())))

@@ -134,7 +134,9 @@ def test_tables_by_class_agree_with_the_predictions(report, student_file):
     matrix = table(folder / "confusion_matrix.csv")
     assert matrix[0] == ["class", *map(str, range(10))]
     assert [[int(cell) for cell in row[1:]] for row in matrix[1:]] == counts
-    for y, row in enumerate(table(folder / "class_accuracy.csv")[1:]):
+    *by_class, overall = table(folder / "class_accuracy.csv")[1:]
+    assert overall[:3] == ["Overall", "359", str(sum(counts[i][i] for i in range(10)))]
+    for y, row in enumerate(by_class):
         assert row[:3] == [str(y), str(sum(counts[y])), str(counts[y][y])]
         assert float(row[3]) == pytest.approx(100 * counts[y][y] / sum(counts[y]))
     scores = {row[0]: row[1:] for row in table(folder / "classification_report.csv")}

@@ -36,7 +36,7 @@ def trained(photographs, tmp_path_factory, call):
     run = tmp_path_factory.mktemp("trained") / "run"
     outcome = call(train, *FOLDER, "--dataset-dir", photographs, "--epochs", "2", "--run-dir", run)
     assert outcome.status == 0, outcome.err
-    assert "data      folder: 36 images to train, 18 to test, 40x40" in outcome.out
+    assert "data      folder: 36 images to train, 18 to validate, 40x40" in outcome.out
     assert read_json(run / "summary.json")["best"]["accuracy_percent"] > 80
     return run
 

@@ -137,6 +137,61 @@ def test_damaged_runs_are_left_out_with_a_warning(three_seeds, call):
     assert "Left out, as it cannot be read" in (three_seeds / "report.md").read_text()
 
 
+def test_unequal_seeds_are_compared_over_those_in_common(write_run, tmp_path, call):
+    """Alone once, each path three times: sentences and tests are about seed 1, in which both are above it."""
+    write_run(("plane2",), 1, (70.0,), dataset="cifar10")
+    for seed, direct, through in ((1, 70.28, 70.1), (2, 69.0, 72.0), (3, 69.1, 72.1)):
+        write_run(("plane10", "plane2"), seed, (direct,), dataset="cifar10")
+        write_run(("plane10", "plane4", "plane2"), seed, (through,), dataset="cifar10")
+    assert call(report, tmp_path / "runs").status == 0
+    text = (tmp_path / "runs/report.md").read_text()
+    assert "The best path is plane10 > plane2: 70.28 % at its best epoch (seed 1;" in text
+    assert "finished: seed 1." in text and "No path is better" not in text and "paired t-test" not in text
+    rows = {row[0]: row for row in rows_of(text, "### All paths")}
+    assert rows["10 > 4 > 2"][2:6] == ["3", "71.40 ± 1.13", "71.40 ± 1.13", "70.10"]
+    assert rows_of(text, "### Against")[2][3:] == ["+0.28 ± 0.65", "1.000"]
+    assert "No path differs from training alone by more than the sampling error of the test images." in text
+
+
+def test_rows_never_look_alike(write_run, tmp_path, call):
+    """Runs on other images have tables of their own; of other settings, these are in the row."""
+    for i, settings in enumerate(
+        (
+            *({}, {"train_images": 1000}, {"image_size": 64}, {"epochs": 3}, {"validation_split": 0.1}),
+            *({"label_smoothing": 0.2}, {"batch_size": 64}, {"precision": "auto"}, {"folder": "again"}),
+            *({"dataset": "folder", "images": digest, "dataset_dir": "pets"} for digest in ("1" * 32, "2" * 32)),
+        )
+    ):
+        write_run(("plane2",), 1, (60 + i,), **{"dataset": "cifar10"} | settings)
+    assert call(report, tmp_path / "runs", tmp_path / "again", "--output", tmp_path / "board").status == 0
+    text = (tmp_path / "board/report.md").read_text()
+    board = [tuple(row[:1] + row[2:-4]) for row in rows_of(text, "### cifar10")[2:]]
+    assert len(board) == len(set(board)) == 9, "in other columns than rank, accuracies and time"
+    assert {row[-1] for row in board} > {"paper, 2, precision fp32, 1,000 training images"}
+    assert "### folder pets (images 11111111)" in text and "### folder pets (images 22222222)" in text
+    beside = [row[2] for row in rows_of(text, "Beside published")[2:]]
+    assert sorted(beside) == ["60.00", "63.00", "65.00", "66.00", "67.00", "68.00"], "those on all images as they are"
+
+
+def test_failed_trainings_are_marked_with_their_reason(three_seeds, call, tmp_path):
+    trainings = plan.plan(three_seeds, SIZES, plan.choose_paths(SIZES, ()), (1, 2, 3, 4), {}, [])
+    plan.record(three_seeds, trainings)
+    for training in trainings:
+        if not training.finished and training.path != ("plane10",):
+            training.run.fail(f"its teacher is {training.path[-2:][0]}")
+    finished = next(training for training in trainings if training.finished)
+    finished.run.fail("an earlier start")
+    shutil.rmtree(three_seeds / "plane4-seed1")
+    (three_seeds / "plane4-seed1").mkdir()
+    (three_seeds / "plane4-seed1/.failed").write_text("out of memory")
+    assert call(report, three_seeds, "--keep", tmp_path / "kept.jsonl").status == 0
+    for runs in (three_seeds, tmp_path / "kept.jsonl"):
+        assert call(report, runs, "--output", tmp_path / "out").status == 0
+        text = (tmp_path / "out/report.md").read_text()
+        assert "plane10 > plane4, seed 4: its teacher is plane10" in text and "plane4, seed 1: out of memory" in text
+        assert "an earlier start" not in text and "failed and unfinished ones are marked" in text
+
+
 @pytest.mark.parametrize("given", ["nowhere", "empty", "empty.jsonl", "damaged.jsonl", "notes.txt"])
 def test_a_report_over_no_runs_is_one_line(call, tmp_path, given):
     (tmp_path / "empty").mkdir()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import last_weights, read_json, read_lines, same_weights
 
+import model_factory
 import train
 from takd.config import flags, methods, run_config
 from takd.run import checkpoint
@@ -61,6 +62,7 @@ OTHER_FLAGS = {
     "--temperature": "test_temperature_and_lambda",
     "--lambda": "test_temperature_and_lambda",
     "--teacher-cache": "test_teacher_cache",
+    "--any-teacher": "test_any_teacher",
     "--cuda": "test_cuda",
     "--run-dir": "test_run_dir",
     "--save-minutes": "test_train.py: test_a_kill_inside_an_epoch_continues_bit_for_bit_from_the_last_save",
@@ -185,6 +187,16 @@ def test_temperature_and_lambda(flag, value, tmp_path, call, tiny, teacher_file)
     config = read_json(tmp_path / "run/config.json")
     assert config[flag[2:]] == config["method_options"][flag[2:]] == value
     assert not same_weights(last_weights(tmp_path / "run"), last_weights(tmp_path / "default"))
+
+
+def test_any_teacher(tmp_path, call, tiny):
+    """A teacher trained on a few images for one epoch: refused, or taken to try the command out."""
+    torch.manual_seed(0)
+    file = tmp_path / "teacher.pth.tar"
+    torch.save({"model_state_dict": model_factory.create("plane4", 10).state_dict()}, file)
+    command = (*tiny, "--teacher", "plane4", "--teacher-checkpoint", file, "--run-dir", tmp_path / "run")
+    assert "or try the command out with --any-teacher" in call(train, *command).err
+    assert call(train, *command, "--any-teacher").status == 0 and (tmp_path / "run/summary.json").exists()
 
 
 def test_teacher_cache(tmp_path, call, tiny, teacher_file):

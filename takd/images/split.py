@@ -63,6 +63,11 @@ class Split:
         return len(self.labels)
 
     @property
+    def part(self) -> str:
+        """Which of the data set's: "train", "test", or "val" where a folder has that in place of test."""
+        return self.name.rpartition("/")[2]
+
+    @property
     def device(self) -> torch.device:
         """Where batches are."""
         return self.labels.device

@@ -21,9 +21,9 @@ class Console:
     def say(self, line: str) -> None:
         print(line, file=self.stream, flush=True)
 
-    def row(self, record: dict[str, Any], epochs: int, seconds_left: float) -> None:
-        """An epoch's record as one aligned row, with a heading above the first."""
-        cells = _cells(record, epochs, seconds_left)
+    def row(self, record: dict[str, Any], epochs: int, seconds_left: float, test: str = "test") -> None:
+        """An epoch's record as one aligned row, with a heading above the first. `test` is the test split's name."""
+        cells = {name.replace("test", test): cell for name, cell in _cells(record, epochs, seconds_left).items()}
         if self.columns != list(cells):
             self.columns = list(cells)
             self.say("  ".join(f"{name:>{_width(name)}}" for name in cells))

@@ -164,7 +164,7 @@ class Trainer:
                     checkpoint.save(self._network_contents(record), self.config.best_file)
                 done = self.directory.records()
                 left = _seconds(done) / len(done) * (self.config.epochs - self.epoch - 1)
-                self.console.row(record, self.config.epochs, left)
+                self.console.row(record, self.config.epochs, left, self.splits.test.part)
             self.epoch, self.steps_done, self.sums = self.epoch + 1, 0, EpochSums()
             self.save_state()
         if stop := self.world.all_reduce_max(self.signals.received or 0):
@@ -245,6 +245,7 @@ class Trainer:
             "epochs": config.epochs,
             "parameters": sum(parameter.numel() for parameter in self.step.student.parameters()),
             "selection_split": self.splits.selection,
+            "test_split": self.splits.test.part,
             "test_images": len(self.splits.test),
             "best": self._outcome(self.best),
             "last": self._outcome(records[-1]),
@@ -271,5 +272,6 @@ def outcome_line(summary: Record) -> str:
     best, last = summary["best"], summary["last"]
     selected = f", selected on {best['split']}" if best["split"] != "test" else ""
     highest, final = best["test_accuracy_percent"], last["test_accuracy_percent"]
-    outcome = f"test {highest:.2f} % at its best epoch ({best['epoch']}{selected}), {final:.2f} % at its last"
+    split = summary.get("test_split", "test")
+    outcome = f"{split} {highest:.2f} % at its best epoch ({best['epoch']}{selected}), {final:.2f} % at its last"
     return f"{' > '.join(summary['path'])} on {summary['dataset']}: {outcome}"

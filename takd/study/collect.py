@@ -69,6 +69,17 @@ class Run:
         return (self.summary or {}).get("test_images") or names.DATASETS[self.config["dataset"]].test_images
 
     @property
+    def test_split(self) -> str:
+        """Called "test", or "val" where a folder of that name was what there is to test on."""
+        return (self.summary or {}).get("test_split", "test")
+
+    @property
+    def selection(self) -> str:
+        """The split that the best epoch is chosen on: "validation" or "test"."""
+        first = self.records[0] if self.records else {}
+        return "validation" if "validation_accuracy_percent" in first or self.config["validation_split"] else "test"
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What a run is but for its path and seed: two runs that differ here are two experiments."""
         given = {key: value for key, value in self.config.items() if key not in APART}
@@ -93,7 +104,7 @@ class Run:
         """
         if not self.records:
             return None
-        split = "validation" if self.config["validation_split"] else "test"
+        split = self.selection
         best = max(
             self.records, key=lambda record: record[f"{split}_accuracy_percent"]
         )  # the first of equals, as train.py

@@ -98,7 +98,7 @@ def verdict(
         return
     better = [cell for cell, d, p in tested if p < 0.05 and d.mean > 0]
     worse = [cell for cell, d, p in tested if p < 0.05 and d.mean < 0]
-    if len(better) == len(tested):
+    if len(better) == len(known):
         yield f"All {len(better)} {kind}s are better than {what} by more than {noise}."
     elif better:
         yield f"Better than {what} by more than {noise}: {', '.join(better)}."

@@ -204,7 +204,7 @@ def assistants(columns: int, study: Study, published: Published) -> Figure:
                 each.axhline(value, color=color, lw=1.1, ls=DASHED, zorder=1)
     for each in axes:
         each.grid(axis="x", visible=False)
-        each.set_ylabel(f"best test accuracy of {study.student}, %")
+        each.set_ylabel(f"best accuracy of {study.student}, %")
     if any(len(members) > 1 for members in by_count.values()):
         handles.append(Line2D([], [], color=BLUE, alpha=0.5, label="mean of these paths"))
     if any(path in published for path in means):
@@ -261,7 +261,7 @@ def _curve(axes: Any, group: Group | None, look: Mapping[str, Any]) -> bool:
 
 
 def _by_epoch(axes: Any, title: str) -> None:
-    axes.set(title=title, xlabel="epochs trained", ylabel="test accuracy, %")
+    axes.set(title=title, xlabel="epochs trained", ylabel="accuracy, %")
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
@@ -358,7 +358,7 @@ def class_accuracy(
             x, ink = (1, "white") if width > 10 else (1 + width, GREY)
             axes.text(x, y, text, va="center", fontsize=min(8, cell * POINTS * 0.7), color=ink)
     _label(axes.yaxis, places, [classes[i] for i in order], cell)
-    axes.set(xlim=(0, 102), ylim=(len(order) - 0.4, -0.6), xlabel="correct, % of the class's test images")
+    axes.set(xlim=(0, 102), ylim=(len(order) - 0.4, -0.6), xlabel="correct, % of the class's images")
     axes.set_xticks(range(0, 101, 20))
     axes.grid(axis="y", visible=False)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, fontsize=8.5)

@@ -106,7 +106,7 @@ def recipe_of(group: Group) -> str:
 def recipes_of(groups: Sequence[Group]) -> list[str]:
     """recipe_of each group of one table. Where two rows would look alike, what differs is added, or their folders."""
     texts = [recipe_of(group) for group in groups]
-    for differing in (_differing, lambda group, alike: [f"run {'/'.join(group.runs[0].folder.parts[-2:])}"]):
+    for differing in (_differing, lambda group, alike: [f"run {folder_of(group)}"]):
         rows: dict[Any, list[int]] = {}
         for i, group in enumerate(groups):
             rows.setdefault((group.runs[0].data, group.path, method_of(group), texts[i]), []).append(i)
@@ -117,6 +117,11 @@ def recipes_of(groups: Sequence[Group]) -> list[str]:
                 for i, more in zip(members, added, strict=True):
                     texts[i] = ", ".join([texts[i], *more])
     return texts
+
+
+def folder_of(group: Group) -> str:
+    """The end of its first run's folder, as seed1 alone, in which --repeat puts a run, would name none."""
+    return "/".join(part for part in group.runs[0].folder.parts[-2:] if not part.endswith(".jsonl"))
 
 
 def _differing(group: Group, alike: Sequence[Group]) -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from takd.study import collect
 from takd.study.collect import Collection, Group, Study
-from takd.study.formatting import method_of, seeds_of
+from takd.study.formatting import folder_of, method_of, seeds_of
 from takd.study.plan import NetworkPath, arrows
 
 # What may differ within a table: its rows and columns.
@@ -98,7 +98,7 @@ def tables(found: Collection, studies: Iterable[Study]) -> list[Table]:
                 pairs.setdefault(key, Pair(*key)),
                 method_of(group) if group.method in several else group.method,
             )
-            again = f"{name} ({'/'.join(group.runs[0].folder.parts[-2:])})"
+            again = f"{name} ({folder_of(group)})"
             pair.rows[again if name in pair.rows else name or ""] = group
         for pair in pairs.values():
             alone = [

@@ -33,7 +33,7 @@ class Search:
     @property
     def selection(self) -> str:
         """'validation' or 'test': the split that trials are judged on."""
-        return "validation" if self.groups[0].config["validation_split"] else "test"
+        return self.groups[0].runs[0].selection
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Header, and a row a setting. Accuracies are of the best epoch."""

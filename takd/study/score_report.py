@@ -20,7 +20,7 @@ COSTS = {
     "multiply_accumulates": ("million MACs", lambda value: f"{value / 1e6:,.2f}"),
     "weights_bytes": ("weights, MB", lambda value: f"{value / 1e6:,.2f}"),
     "file_bytes": ("file, MB", lambda value: f"{value / 1e6:,.2f}"),
-    **{f"latency_{n}_milliseconds": (f"ms, batch of {n}", lambda value: f"{value:,.2f}") for n in BATCHES},
+    **{f"latency_{n}_milliseconds": (f"ms (batch {n})", lambda value: f"{value:,.2f}") for n in BATCHES},
 }
 # fmt: on
 
@@ -40,7 +40,9 @@ def learned_from(result: Result) -> str:
 
 def score_rows(results: Iterable[Result]) -> Iterator[list[str]]:
     """Heading and a row of cells for each result."""
-    yield ["network", "learned from", "data", "parameters", "test %", "top-5 %", "loss"]
+    results = list(results)
+    parts = "/".join(dict.fromkeys(result["split"] for result in results))
+    yield ["network", "learned from", "data", "parameters", f"{parts} %", "top-5 %", "loss"]
     for result in results:
         scores = [
             f"{result['test_accuracy_percent']:.2f}",
@@ -150,7 +152,8 @@ def write_report(folder: str | Path, networks: Sequence[Scored]) -> None:
         lines = zip(networks[shown[0]].classes, *(tables[i].accuracies for i in shown), strict=True)
         document.heading(f"Accuracy by class, {dataset}, %")
         header = ["class", *(" > ".join(results[i]["path"]) for i in shown)]
-        document.table(header, [[name, *("" if v is None else f"{v:.2f}" for v in values)] for name, *values in lines])
+        rows = [[name, *("" if v is None else f"{v:.2f}" for v in values)] for name, *values in lines]
+        document.table(header, [*rows, ["Overall", *(f"{results[i]['test_accuracy_percent']:.2f}" for i in shown)]])
     for scored, stem, table in zip(networks, stems, tables, strict=True):
         teacher = scored.result.get("teacher")
         of_teacher = next((tables[i].accuracies for i, result in enumerate(results) if result is teacher), None)
@@ -166,7 +169,7 @@ def _network_section(
 
     result, classes, right = scored.result, scored.classes, table.accuracies
     document.heading(f"{' > '.join(result['path'])}: {result['test_accuracy_percent']:.2f} % on {result['dataset']}")
-    document.text(f"{result['checkpoint']}, {result['images']:,} test images; the files are in {stem}/.")
+    document.text(f"{result['checkpoint']}, {result['images']:,} images ({result['split']}); the files are in {stem}/.")
     drawn = figures.class_accuracy(classes, right, result["test_accuracy_percent"], of_teacher)
     document.figure(f"{stem}/class_accuracy", drawn, "Accuracy by class.")
     document.figure(f"{stem}/confusion_matrix", figures.confusion(classes, table.counts), "Confusion matrix.")
@@ -177,7 +180,11 @@ def _network_section(
         {"class": name, "images": sum(row), "right": row[i], "accuracy_percent": right[i]}
         for i, (name, row) in enumerate(zip(classes, table.counts, strict=True))
     ]
-    for line, value in zip(each, of_teacher or (), strict=False):
+    teacher = scored.result.get("teacher")
+    hits = sum(line["right"] for line in each)
+    percent = result["test_accuracy_percent"]
+    each.append({"class": "Overall", "images": result["images"], "right": hits, "accuracy_percent": percent})
+    for line, value in zip(each, [*of_teacher, teacher["test_accuracy_percent"]] if of_teacher else (), strict=False):
         line["teacher_accuracy_percent"] = value
     for name, lines in {"class_accuracy": each, "classification_report": table.rows}.items():
         document.attach(f"{stem}/{name}.csv", _csv([list(lines[0]), *(line.values() for line in lines)]))

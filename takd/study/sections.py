@@ -1,7 +1,7 @@
 """The sections of a report over runs, as blocks of a Document: the answer first, then tables and figures."""
 
 import statistics as means
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from takd.config import names
 from takd.run.console import duration
@@ -23,11 +23,6 @@ from takd.study.formatting import (
 from takd.study.pairs import Table
 from takd.study.plan import NetworkPath, arrows
 from takd.study.ranking import Search
-
-OPTIMISTIC = (
-    "The best epoch was chosen on the test images, as in the paper, so its numbers are optimistic; those of the last "
-    "epoch are not."
-)
 
 
 # -------------------------------------------------------------------------------------------------- a path study
@@ -65,8 +60,17 @@ def study_section(document: Document, found: Study, only: bool) -> None:
         document.heading("Intermediate networks", 3)
         path_table(document, found, ordered, paper, network=True)
     if any(run.records for group in found.cells.values() for run in group.runs):
-        caption = "Learning curves on the test images; lines are means over the seeds so far."
+        caption = "Learning curves: accuracy by epoch; lines are means over the seeds so far."
         document.figure(f"figures/{slug}-curves", figures.curves(found), caption)
+
+
+def selection_sentence(groups: Iterable[Group]) -> str:
+    """What is to be said where the best epoch was chosen on the images that it is scored on."""
+    runs = [run for group in groups for run in group.runs if run.selection == "test"]
+    if not runs:
+        return ""
+    chosen = f"The best epoch was chosen on the {runs[0].test_split} images, as in the paper, so its numbers are"
+    return f"{chosen} optimistic; those of the last epoch are not."
 
 
 def path_table(
@@ -148,9 +152,8 @@ def lead(found: Study, best: NetworkPath | None) -> Iterator[str]:
     if done < total:
         marked = "failed and unfinished ones are marked" if found.failed else "unfinished ones are marked"
         yield f"This report is partial: {done} of {total} trainings are finished; {marked}."
+    yield selection_sentence(found.cells.values())
     configs = [group.config for group in found.cells.values()]
-    if any(not config["validation_split"] for config in configs):
-        yield OPTIMISTIC
     lengths = " or ".join(map(str, sorted({config["epochs"] for config in configs})))
     yield f"Recipe {', '.join(sorted({config['recipe'] for config in configs}))}, {lengths} epochs."
     if found.ambiguous:
@@ -201,20 +204,21 @@ def methods_section(document: Document, table: Table, only: bool) -> None:
     title = f"Methods: {pairs[0].name}" if len(pairs) == 1 else "Methods"
     document.heading(title, 1 if only else 2)
     groups = [group for pair in pairs for group in pair.rows.values()]
+    splits = listed(sorted({run.test_split for group in groups for run in group.runs}))
     with_base = any("base" in pair.cells for pair in pairs)
     document.text(
         f"Recipe and epochs: {listed(sorted({recipe_of(group) for group in groups}))}.",
-        "Test accuracy in percent, means over seeds with their standard deviations.",
+        f"{splits.capitalize()} accuracy in percent, means over seeds with their standard deviations.",
         f"Seeds of each: {table.seeds[0]}." if len(table.seeds) == 1 else "",
         "In brackets the difference from base, ordinary training with the labels." if with_base else "",
         *(f"{pair.name}: {sentence}" for pair in pairs if (sentence := seeds_sentence(list(pair.rows.values())))),
         *(pair.teacher_sentence for pair in pairs),
-        "" if groups[0].config["validation_split"] else OPTIMISTIC,
+        selection_sentence(groups),
     )
     for which in collect.OUTCOMES:
         document.table(*method_rows(table, which), mark=table.methods.index(table.best))
     slug = "-".join(pairs[0].path)
-    caption = "Test accuracy by epoch, means over seeds."
+    caption = f"{splits.capitalize()} accuracy of all methods by epoch, means over seeds."
     document.figure(f"figures/{slug}-{pairs[0].dataset.split()[0]}-methods", figures.methods(table), caption)
     for pair in pairs:
         cells = {name: pair.cells[name] for name in table.methods if name in pair.cells and name != "base"}

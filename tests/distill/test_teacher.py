@@ -11,6 +11,7 @@ import train
 from takd.config import run_config
 from takd.distill import evaluation
 from takd.distill.teacher import Teacher, freeze
+from takd.errors import UserError
 from takd.images.split import Batch, Transform
 from takd.process import StopSignals
 from takd.run.console import Console
@@ -114,6 +115,29 @@ def test_a_score_unlike_the_recorded_one_gives_a_warning(teacher_file, digits):
     lines = []
     teacher_of(teacher_file, digits.train).score(digits.test, teacher_file, 50.0, lines.append)
     assert lines[-1].startswith("warning:")
+
+
+@pytest.mark.parametrize(
+    "recorded, reason",
+    [(None, "it was not trained"), (9.0, "records 9.00 % too"), (95.0, "records 95.00 %, so these are other images")],
+)
+def test_a_teacher_at_chance_is_refused_with_the_reason_or_taken_on_request(recorded, reason, tmp_path, digits):
+    torch.manual_seed(0)
+    file = tmp_path / "teacher.pth.tar"
+    torch.save({"model_state_dict": model_factory.create("plane2", 10).state_dict()}, file)
+    teacher = teacher_of(file, digits.train)
+    with pytest.raises(UserError, match=reason):
+        teacher.score(digits.test, file, recorded, print)
+    assert teacher.score(digits.test, file, recorded, print, any_teacher=True) < 20
+
+
+def test_the_recorded_data_set_is_compared_before_an_image_is_scored(teacher_file, tmp_path, call, tiny, monkeypatch):
+    file = tmp_path / "teacher.pth.tar"
+    names = [f"class {i}" for i in range(10)]
+    torch.save(torch.load(teacher_file) | {"dataset": "cifar10", "class_names": names}, file)
+    monkeypatch.setattr(evaluation, "predict", None)
+    outcome = call(train, *tiny, "--teacher", "plane2", "--teacher-checkpoint", file, "--run-dir", tmp_path / "run")
+    assert outcome.status == 2 and "was trained on cifar10, and this run is on digits" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ CLASSES = ("cat", "accuracy", "dog")
 @pytest.fixture
 def scored():
     """Three classes, one without images, and one named like a row of the classification report."""
-    result = {"checkpoint": "run/net.pth.tar", "model": "plane2", "path": ["plane2"], "dataset": "pets", "images": 4}
+    result = {"checkpoint": "run/net.pth.tar", "model": "plane2", "path": ["plane2"], "dataset": "pets"}
     result |= {
+        "split": "val",
+        "images": 4,
         "test_accuracy_percent": 75.0,
         "test_top5_percent": 100.0,
         "test_loss": 0.5,
