@@ -277,8 +277,8 @@ def teacher_network(config: RunConfig, name: str, file: str, train: Split) -> tu
     if config.dataset == metadata.get("dataset") == "folder" and class_names != list(train.classes):
         what = f"other classes than those of {config.dataset_dir}"
         raise UserError(f"{file} was trained on {what}: train its teacher there")
-    same_data = metadata.get("dataset", config.dataset) == config.dataset
-    if not same_data and class_names and set(class_names) != set(train.classes):
+    other_data = metadata.get("dataset", config.dataset) != config.dataset
+    if other_data and class_names and set(class_names) != set(train.classes):
         what = f"on {metadata['dataset']}, and this run is on {config.dataset}, which has other classes"
         raise UserError(f"{file} was trained {what}; give a teacher trained on {config.dataset}")
     transform = Transform(tuple(metadata["mean"]), tuple(metadata["std"]), metadata["image_size"] or train.image_size)
@@ -293,6 +293,7 @@ def load_frozen(
     needs_features = getattr(methods.find(config.method), "needs_features", True)
     teacher = Teacher(network, transform, train, precision, needs_features, cpu and cpu.pack)
     teacher.path = metadata.get("path", [name])
+    same_data = metadata.get("dataset", config.dataset) == config.dataset
     return teacher, metadata.get("test_accuracy_percent") if same_data else None
 
 
