@@ -9,6 +9,7 @@
 A data set is a row of DATASETS in takd/config/names.py and a branch of `read`; folders of images need neither.
 """
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -70,6 +71,9 @@ def outline(config: RunConfig, pixels: bool = False, say: Say = lambda line: Non
         splits = splits._replace(train=train, validation=validation)
     if config.train_images:
         splits = splits._replace(train=fewer(splits.train, config.train_images))
+    own = {key: value for key, value in names.declared_input(config.student).items() if key != "image_size"}
+    transform = splits.train.transform._replace(**{key: tuple(value) for key, value in own.items()})
+    splits = Splits(*(part and dataclasses.replace(part, transform=transform) for part in splits))
     return splits
 
 

@@ -177,19 +177,19 @@ class PlaneCNN(nn.Module):
 def create(name: str, classes: int, image_size: int = 32, pretrained: bool = False) -> nn.Module:
     """A freshly initialised network by name, drawing from torch's global generator. Unknown names are UserErrors.
 
-    `pretrained`: with torchvision's weights except for the last layer, which is new for these classes.
+    `pretrained`: with torchvision's weights except for the last layer, which is new for these classes, or with those
+    that a user's own class loads.
     """
     name = names.network(name)
     torchvision_name = names.torchvision_name(name)
-    if pretrained and not torchvision_name:
-        raise UserError(
-            f"there are no pretrained weights of {name}, only of torchvision's networks (resnet50, torchvision:NAME)"
-        )
+    if pretrained and not names.has_pretrained(name):
+        whose = "torchvision's networks (resnet50, torchvision:NAME) and classes of your own that take `pretrained`"
+        raise UserError(f"there are no pretrained weights of {name}, only of {whose}")
     if torchvision_name:
         network = _from_torchvision(torchvision_name, classes, image_size, pretrained)
         return _with_features(network, name, classes, image_size)
     if ":" in name:
-        return _with_features(_from_file(name, classes, image_size), name, classes, image_size)
+        return _with_features(_from_file(name, classes, image_size, pretrained), name, classes, image_size)
     if found := re.fullmatch(r"resnet(\d+)(a?)", name):
         return ResNet(int(found[1]), classes, padded=found[2] == "a")
     planes = PLANES_10 if classes <= 10 else PLANES_100
@@ -218,13 +218,17 @@ class _HookedFeatures:
     """Mixed into the class of a network that only has `forward`: forward_features by hooks on its modules."""
 
     def forward_features(self: Any, images: torch.Tensor) -> Features:
-        """Stages: the last square map at each size in the network's sequence. Pooled: the classifier's input."""
+        """Stages: the last square map at each size in the network's sequence, and none from before a transformer's
+        tokens. Pooled: the classifier's input.
+        """
         maps, inputs_of = {}, {}  # by size; of the last linear layer (True) and convolution (False)
 
         def note_map(module, _, output):
-            square = isinstance(output, torch.Tensor) and output.dim() == 4 and output.shape[2] == output.shape[3]
-            if square and not isinstance(module, nn.AdaptiveAvgPool2d):
-                maps[output.shape[2]] = output
+            shape = output.shape if isinstance(output, torch.Tensor) else ()
+            if len(shape) == 3 or len(shape) == 4 and shape[2] != shape[3]:  # tokens: (B, N, D) or (B, h, w, D)
+                maps.clear()
+            elif len(shape) == 4 and not isinstance(module, nn.AdaptiveAvgPool2d):
+                maps[shape[2]] = output
 
         def note_input(module, inputs, _):
             inputs_of[isinstance(module, nn.Linear)] = inputs[0]
@@ -241,6 +245,15 @@ class _HookedFeatures:
         return Features(tuple(maps.values()), pooled.mean((2, 3)) if pooled.dim() == 4 else pooled.flatten(1), logits)
 
 
+class _OwnForward:
+    """Mixed in besides where the network has a forward_features of another meaning, which its `forward` calls."""
+
+    def forward(self: Any, images: torch.Tensor) -> torch.Tensor:
+        own = object.__new__(type(self).__bases__[-1])
+        own.__dict__ = self.__dict__  # the same network before anything was mixed into its class
+        return own.forward(images)
+
+
 def _in_sequence(module):
     """The modules that a network applies one after the other: a ResNet's blocks, a VGG's layers."""
     for child in module.children():
@@ -252,14 +265,20 @@ def _in_sequence(module):
 
 
 def _with_features(network, name, classes, image_size):
-    """The network, with forward_features added if it has none. A UserError if its output is not (B, C) logits."""
-    if not hasattr(network, "forward_features"):
-        own = type(network)  # whose __module__ is kept: takd/cpu recognises our classes by it
-        network.__class__ = type(own.__name__, (_HookedFeatures, own), {"__module__": own.__module__})
-    size = f"{image_size}x{image_size}"
+    """The network, with forward_features added if it has none or one that returns a tensor, as timm's networks have.
+
+    A UserError if its output is not (B, C) logits.
+    """
+    size, images = f"{image_size}x{image_size}", torch.zeros(2, 3, image_size, image_size)
     try:
         with torch.no_grad():
-            logits = network.eval().forward_features(torch.zeros(2, 3, image_size, image_size)).logits
+            found = network.eval().forward_features(images) if hasattr(network, "forward_features") else None
+            if found is None or isinstance(found, torch.Tensor | list):
+                own = type(network)  # whose __module__ is kept: takd/cpu recognises our classes by it
+                bases = (_HookedFeatures, own) if found is None else (_HookedFeatures, _OwnForward, own)
+                network.__class__ = type(own.__name__, bases, {"__module__": own.__module__})
+                found = network.forward_features(images)
+            logits = found.logits
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{name} does not work with {size} images ({reason}); another --image-size?") from None
@@ -318,12 +337,13 @@ def _pretrained_state(name):
         socket.setdefaulttimeout(before)
 
 
-def _from_file(name, classes, image_size):
-    """`FILE.py:CLASS`, called with the number of classes: as `classes` or `num_classes` if it has these, else first."""
+def _from_file(name, classes, image_size, pretrained):
+    """`FILE.py:CLASS`, called with the number of classes: as `classes` or `num_classes` if it has these, else first;
+    and with `image_size` and `pretrained` if it has these."""
     maker = import_class(name)
     try:
         known = inspect.signature(maker).parameters
-        given = {"classes": classes, "num_classes": classes, "image_size": image_size}
+        given = {"classes": classes, "num_classes": classes, "image_size": image_size, "pretrained": pretrained}
         options = {key: value for key, value in given.items() if key in known}
         network = maker(**options) if options.keys() & {"classes", "num_classes"} else maker(classes, **options)
     except Exception as error:
@@ -344,7 +364,7 @@ def from_state(
     whole, state_dict = state_dict, strip_prefixes(state_dict)
     if re.fullmatch(r"resnet\d+a", name):  # its name in most option-A files
         state_dict = {re.sub(r"^linear\.", "fc.", key): value for key, value in state_dict.items()}
-    classes = classes_of(state_dict, name) or classes
+    classes = classes_of(state_dict, name, classes)
     if classes is None:
         raise UserError(f"{source} holds no classifier weights that {name} has (keys like {_some(state_dict)})")
     network = create(name, classes, image_size)
@@ -373,17 +393,20 @@ def strip_prefixes(state_dict: State) -> State:
     return state_dict
 
 
-def classes_of(state_dict: State, name: str) -> int | None:
+def classes_of(state_dict: State, name: str, recorded: int | None = None) -> int | None:
     """The number of classes that the named network's classifier has in a state dict, or None where it holds none.
 
-    Torchvision's networks register the classifier last; for a user's network only the checkpoint records it.
+    Torchvision's networks and timm's register the classifier last. In a user's network it may be anywhere: what the
+    checkpoint records counts.
     """
-    if names.torchvision_name(name):
+    if recorded and names.is_own(name):
+        return recorded
+    if names.torchvision_name(name) or names.is_own(name):
         classifiers = [key for key, value in state_dict.items() if value.dim() > 1][-1:]
     else:
         linears = [key for key in state_dict if re.fullmatch(r"fc\.weight|fc_layers\..*weight", key)]
-        classifiers = [max(linears)] if linears and ":" not in name else []
-    return state_dict[classifiers[0]].shape[0] if classifiers else None
+        classifiers = [max(linears)] if linears else []
+    return state_dict[classifiers[0]].shape[0] if classifiers else recorded
 
 
 def _some(keys):
@@ -397,7 +420,7 @@ def load(path: str | Path, name: str | None = None, image_size: int | None = Non
     `name` and `image_size` are needed only where the file has none. The metadata have at least `model`, `classes`,
     `image_size` (None: the data set's usual one), `mean` and `std`. Files without a normalisation get the one that such
     files were made with: the released code's, or ImageNet's for torchvision's networks, option A's published files and
-    larger images. Loading a user's own network runs its file. Raises UserErrors.
+    larger images; or what a user's class declares. Loading a user's own network runs its file. Raises UserErrors.
     """
     contents = checkpoint.read(path)
     recorded = contents.get("model") if isinstance(contents.get("model"), str) else None
@@ -415,9 +438,10 @@ def load(path: str | Path, name: str | None = None, image_size: int | None = Non
     if image_size and metadata.setdefault("image_size", image_size) != image_size:
         held = metadata["image_size"]
         raise UserError(f"{path} holds a network for images of {held}x{held}, not {image_size}x{image_size}")
+    metadata = names.declared_input(name) | metadata
     size = metadata.setdefault("image_size", None)
     network = from_state(name, checkpoint.weights_of(contents, path), path, size or 32, metadata.get("classes"))
-    metadata |= {"model": name, "classes": classes_of(network.state_dict(), name) or metadata["classes"]}
+    metadata |= {"model": name, "classes": classes_of(network.state_dict(), name, metadata.get("classes"))}
     option_a = names.family(name) == "resnet" and name.endswith("a")
     imagenet = names.torchvision_name(name) or option_a or size not in (None, 32)
     metadata.setdefault("mean", list(names.IMAGENET_MEAN if imagenet else names.RELEASED_MEAN))

@@ -329,8 +329,8 @@ def assemble(
 
 
 def pretrained(config: RunConfig) -> bool:
-    """Whether the student, and not only a teacher trained first, begins with torchvision's weights."""
-    return bool(config.pretrained and names.torchvision_name(config.student))
+    """Whether the student, and not only a teacher trained first, begins with pretrained weights."""
+    return bool(config.pretrained and names.has_pretrained(config.student))
 
 
 def build_method(config: RunConfig, student: Any, teachers: Sequence[tuple[Any, Transform]], train: Split) -> nn.Module:
@@ -356,8 +356,12 @@ def check_fit(config: RunConfig) -> Split:
         pairs = zip(config.teachers, config.teacher_checkpoints, strict=True)
         teachers = [teacher_network(config, name, file, train)[:2] for name, file in pairs]
     else:
-        made = (model_factory.create(name, len(train.classes), train.image_size) for name in config.teachers)
-        teachers = [(network, train.transform) for network in made]
+        each = config
+        while each.teacher:
+            each = each.teacher_config()
+            images = data_loader.outline(each).train
+            network = model_factory.create(each.student, len(images.classes), images.image_size)
+            teachers.insert(0, (network, images.transform))
     if teachers:
         build_method(config, student, teachers, train)
         if getattr(methods.find(config.method), "needs_features", True):

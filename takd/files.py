@@ -174,7 +174,9 @@ def import_class(name: str) -> Any:
         raise UserError(f"{file} is not Python: {error}") from None
     except (Exception, SystemExit) as error:
         line, what = traceback.extract_tb(error.__traceback__)[-1].lineno, " ".join(str(error).split())
-        raise UserError(f"{name} cannot be imported: {type(error).__name__}: {what} (line {line})") from None
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        fix = f"; if it is a package: {sys.executable} -m pip install {absent}" if absent else ""
+        raise UserError(f"{name} cannot be imported: {type(error).__name__}: {what} (line {line}){fix}") from None
     module = _user_modules[key]
     if not hasattr(module, class_name):
         defined = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]

@@ -15,7 +15,7 @@ LAYERS = ("config", "images", "distill", "run", "study")
 BASE = ("errors", "process", "files")
 APART = "cpu"  # its folder can be deleted: only these import it
 IMPORT_CPU = ("train.py",)
-COMMANDS = ("train", "evaluate", "distill_paths", "sweep", "report")
+COMMANDS = ("train", "evaluate", "distill_paths", "sweep", "report", "export")
 # Imported before the arguments are checked, or without torch installed: only the standard library at module level.
 LIGHT_LAYERS, LIGHT_IN_RUN = ("base", "config", "study"), ("run_directory", "console", "launch")
 EXCEPTIONS = {"takd/study/figures.py": {"matplotlib"}, "takd/study/search.py": {"optuna"}}
@@ -166,6 +166,7 @@ WRONG = {  # a wrong name, a wrong number, a wrong combination
     "distill_paths.py": ("--sizes plane11 plane2", "--family plane --jobs 0", "--sizes plane4 plane2 --family plane"),
     "sweep.py": ("--trials 0", "--student plane11", "--teacher plane4 --temperature 3"),
     "report.py": ("runs --table plane11", "runs --price-per-hour -1", "--output report"),
+    "export.py": ("--checkpoint x", "--checkpoint x --output .", "--checkpoint x --output absent/student.onnx"),
 }
 
 

@@ -22,6 +22,7 @@ FLAGS = {
         --account --cpus --dry-run --gpu-type --help --jobs --mem --memory --modules --runs --sbatch --slurm --space
         --stage --time --trials --venv --workers""",
     "report.py": "--help --keep --output --price-per-hour --table",
+    "export.py": "--checkpoint --dataset --dataset-dir --help --image-size --model --no-download --output",
     "data_loader.py": "--dataset-dir --download --help",
 }
 

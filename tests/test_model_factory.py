@@ -1,5 +1,6 @@
 """Networks: the released code's sizes, keys and initialisation; torchvision's; the user's; and loading files."""
 
+import copy
 import json
 import math
 import shutil
@@ -235,6 +236,28 @@ class Keyword(Net):
     def __init__(self, width=1, num_classes=10):
         super().__init__(num_classes)
 
+class Timm(Net):
+    mean, std, image_size = (0.5, 0.5, 0.5), [0.25, 0.25, 0.25], 48
+
+    def __init__(self, classes, pretrained=False):
+        super().__init__(classes)
+        self.pretrained = pretrained
+
+    def forward_features(self, images):
+        return self.body(images)
+
+    def forward(self, images):
+        return self.linear(self.forward_features(images).mean((2, 3)))
+
+class Tokens(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.patches = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2))
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, images):
+        return self.head(self.patches(images).mean(2))
+
 def short(classes):
     return Net(classes - 1)
 
@@ -263,10 +286,37 @@ def test_the_users_network(own, name):
     assert set(network.state_dict()) >= {"body.0.weight", "linear.bias"}
 
 
+def test_a_forward_features_of_another_meaning(own):
+    """As in timm's networks: it returns a tensor, and forward calls it. The keys of the state dict stay."""
+    network = model_factory.create(f"{own}:Timm", 7).eval()
+    images = torch.rand(2, 3, 32, 32)
+    features = copy.deepcopy(network).forward_features(images)
+    assert torch.equal(features.logits, network(images))
+    assert torch.equal(features.pooled, network.body(images).mean((2, 3)))
+    assert [tuple(stage.shape[1:]) for stage in features.stages] == [(8, 15, 15), (16, 7, 7)]
+    assert set(network.state_dict()) == set(model_factory.create(f"{own}:Net", 7).state_dict())
+
+
+def test_tokens_are_no_stages(own):
+    """A transformer's: neither they nor the maps that they were cut from."""
+    for name in (f"{own}:Tokens", "torchvision:vit_b_32"):
+        assert model_factory.create(name, 7).eval().forward_features(torch.rand(2, 3, 32, 32)).stages == ()
+
+
+def test_weights_without_a_record_of_the_users_network(own, tmp_path):
+    """Such as timm's own training saves: classes from the last layer, the input as the class declares it."""
+    network = model_factory.create(f"{own}:Timm", 7)
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "file")
+    loaded, metadata = model_factory.load(tmp_path / "file", f"{own}:Timm")
+    assert same_weights(loaded.state_dict(), network.state_dict())
+    declared = {"mean": (0.5, 0.5, 0.5), "std": [0.25, 0.25, 0.25], "image_size": 48}
+    assert metadata == {"model": f"{own}:Timm", "classes": 7} | declared
+
+
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("Absent", "defines no 'Absent'; it defines: Net Keyword short nothing Broken"),
+        ("Absent", "defines no 'Absent'; it defines: Net Keyword Timm Tokens short nothing Broken"),
         ("Broken", r"cannot be made for 7 classes: KeyError: 'depth'"),
         ("short", r"returns \(2, 6\) for 2 images, not logits \(2, 7\)"),
         ("nothing", "returns a int, not a torch.nn.Module"),
@@ -338,6 +388,13 @@ def test_a_damaged_file_of_pretrained_weights(contents, message, published):
     file.parent.mkdir(parents=True)
     file.write_bytes(contents) if isinstance(contents, bytes) else torch.save(contents, file)
     refuses_pretrained(message)
+
+
+def test_a_users_class_loads_its_pretrained_weights_where_it_is_asked_to(own):
+    for given in (True, False):
+        assert model_factory.create(f"{own}:Timm", 7, pretrained=given).pretrained is given
+    with pytest.raises(UserError, match="and classes of your own that take `pretrained`"):
+        model_factory.create(f"{own}:Net", 7, pretrained=True)
 
 
 def test_pretrained_weights_are_torchvisions_only():

@@ -152,6 +152,7 @@ def test_an_unknown_network_of_torchvision(tmp_path, run_command):
         ("distill_paths.py", ["--sizes", "plane10"]),
         ("report.py", []),
         ("report.py", ["x", "--table", "resnet9"]),
+        ("export.py", ["--checkpoint", "x", "--output", "absent/student.onnx"]),
         ("data_loader.py", ["--download", "digits"]),
     ],
 )

@@ -253,7 +253,8 @@ def train_parser(description: str = "") -> Parser:
          help="network to learn from, or several (default: none, labels only)")
     flag("--teacher-checkpoint", nargs="+", action=OneOrMore, metavar="FILE",
          help="each teacher's weights (default: they are trained first, each from those before it)")
-    switch("--pretrained", "torchvision's weights, except the last layer, in the student or a teacher trained first")
+    switch("--pretrained", "torchvision's weights except the last layer, or those that your own class loads, in the "
+           "student or a teacher trained first")
     section("data")
     flag("--dataset", type=dataset, default="cifar100", metavar="NAME", help=" ".join(names.DATASETS))
     flag("--dataset-dir", default="./data", metavar="DIR",

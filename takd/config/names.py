@@ -1,11 +1,15 @@
 """Names of networks, data sets and augmentations. The networks themselves are in model_factory.py."""
 
+import contextlib
 import difflib
 import functools
+import inspect
+import math
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from takd.errors import UserError
 from takd.files import import_class
@@ -58,6 +62,42 @@ def torchvision_networks() -> list[str]:
 def torchvision_name(network_name: str) -> str | None:
     """Torchvision's own name of one of its networks, else None."""
     return "resnet50" if network_name == "resnet50" else network_name.partition("torchvision:")[2] or None
+
+
+def is_own(network_name: str) -> bool:
+    """Whether it is a FILE.py:CLASS of the user's own."""
+    return ":" in network_name and not torchvision_name(network_name)
+
+
+def has_pretrained(network_name: str) -> bool:
+    """Whether --pretrained applies: to torchvision's networks, and to a user's class with a parameter `pretrained`."""
+    if is_own(network_name):
+        return "pretrained" in inspect.signature(import_class(network_name)).parameters
+    return torchvision_name(network_name) is not None
+
+
+def declared_input(network_name: str) -> dict[str, Any]:
+    """What a user's class declares of its network's input, as far as it does: `mean` and `std` per channel, of pixels
+    in 0..1, and `image_size`. Raises a UserError for other values.
+    """
+
+    def three(values):
+        return isinstance(values, list | tuple) and len(values) == 3 and all(map(math.isfinite, values))
+
+    checks = {
+        "mean": (three, "three numbers, of pixels in 0..1"),
+        "std": (lambda values: three(values) and min(values) > 0, "three numbers above 0, of pixels in 0..1"),
+        "image_size": (lambda size: type(size) is int and 8 <= size <= 1024, "a whole number from 8 to 1024"),
+    }
+    own, declared = import_class(network_name) if is_own(network_name) else None, {}
+    for key, (fits, what) in checks.items():
+        if (value := getattr(own, key, None)) is not None:
+            with contextlib.suppress(TypeError):  # not numbers
+                if fits(value):
+                    declared[key] = value
+            if key not in declared:
+                raise UserError(f"{network_name}: {key} must be {what}, not {value!r}")
+    return declared
 
 
 def file_name(network_name: str) -> str:

@@ -135,7 +135,7 @@ class RunConfig:
         if above:
             given |= self.learning | {"teacher": above if len(above) > 1 else above[0]}
             given = given if len(above) > 1 else of_one_teacher(given)
-        if self.pretrained and any(map(names.torchvision_name, self.teachers)):
+        if self.pretrained and any(map(names.has_pretrained, self.teachers)):
             given["pretrained"] = True
         given["seed"] = self.seed
         if self.run_dir:
@@ -279,8 +279,8 @@ def _check_combinations(given: Mapping[str, Any], origins: Mapping[str, str]) ->
         raise UserError(f"--repeat {given['repeat']}: seeds end at {2**63 - 1}")
     if given.get("pretrained"):
         networks = [given.get("student", "resnet8"), *([] if files else teachers)]
-        if not any(map(names.torchvision_name, networks)):
-            known = "a network of torchvision's to train (resnet50, torchvision:NAME)"
+        if not any(map(names.has_pretrained, networks)):
+            known = "a network of torchvision's to train (resnet50, torchvision:NAME), or a class with `pretrained`"
             raise UserError(f"--pretrained needs {known}, not {' or '.join(networks)}")
     augment, cache = given.get("augment", "auto"), given.get("teacher_cache", "auto")
     random = names.VIEWS.get(augment, 1) is None
@@ -326,6 +326,8 @@ def resolve(given: Mapping[str, Any], origins: Mapping[str, str]) -> RunConfig:
     """Every setting of a run, from the given ones and the recipe."""
     auto = [key for key in ("augment", "precision") if given.get(key) == "auto"]
     data, network = names.DATASETS[given["dataset"]], given["student"]
+    if "image_size" not in given and (size := names.declared_input(network).get("image_size")):
+        given, origins = {**given, "image_size": size}, {**origins, "image_size": "its class"}
     usual = {"image_size": data.image_size} | recipes.OFF  # given, they make the same run as without the flag
     settings = {key: value for key, value in given.items() if key not in auto and value != usual.get(key)}
     origins = {key: origins[key] for key in settings}

@@ -5,7 +5,7 @@ import contextlib
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,22 +141,28 @@ def multiply_accumulates(network: nn.Module, image_size: int) -> int:
     return counter.get_total_flops() // 2
 
 
-def latency(network: nn.Module, image_size: int, images: int, least_seconds: float = 0.5) -> float:
+def latency(network: nn.Module, image_size: int, images: int) -> float:
     """Median seconds of one call on a batch of `images` in float32, the images already on the device."""
     device = next(network.parameters()).device
     batch = torch.rand(images, 3, image_size, image_size, device=device).contiguous(memory_format=torch.channels_last)
     network.eval()
 
-    def seconds() -> float:
-        started = time.perf_counter()
+    def forward() -> None:
         network(batch)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - started
 
     with torch.inference_mode():
-        seconds(), seconds()  # warm-up
-        times: list[float] = []
-        while len(times) < 3 or sum(times) < least_seconds:
-            times.append(seconds())
+        return median_seconds(forward)
+
+
+def median_seconds(call: Callable[[], object], least_seconds: float = 0.5) -> float:
+    """Median seconds of a call, which is repeated for `least_seconds` after two calls to warm up."""
+    times: list[float] = []
+    for _ in range(2):
+        call()
+    while len(times) < 3 or sum(times) < least_seconds:
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
     return statistics.median(times)

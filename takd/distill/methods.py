@@ -7,10 +7,10 @@ and returns a dict with `loss` and its named parts. Its options are keyword-only
 has them.
 
 A constructor may also take, by name: `student` and `teacher`, Features of two images, for the sizes of its parameters;
-and `labels`, int64 (N,), the training split's. A class may set: `needs_index = True`, to be called with `index=`, int64
-(B,), rows of the training split; `one_process = True`, if its loss is not a mean over images, so that processes cannot
-share a batch; `epoch = 0`, which is then set to the current epoch, counted from 0. Buffers must change in place: on a
-GPU a step is captured once and replayed.
+and `labels`, int64 (N,), the training split's. A class may set: `needs_stages = True`, to be refused where a network
+has none; `needs_index = True`, to be called with `index=`, int64 (B,), rows of the training split; `one_process =
+True`, if its loss is not a mean over images, so that processes cannot share a batch; `epoch = 0`, which is then set to
+the current epoch, counted from 0. Buffers must change in place: on a GPU a step is captured once and replayed.
 
 Several teachers come as one: their Logits, (K, B, C), to methods that take them (takd/config/methods.py); a class of
 the user's takes them if it sets `several_teachers = True` itself.
@@ -170,7 +170,7 @@ class AT(Method):
     Over the last three stages, or as many as both have; the larger of two maps is average-pooled.
     """
 
-    needs_features = True
+    needs_features, needs_stages = True, True
 
     def __init__(self, *, beta: float) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class AT(Method):
 class ATST(Method):
     """L = CE + beta sum over stages of MSE(attention maps) + alpha T^2 KL(teacher || student): AT and ST together."""
 
-    needs_features = True
+    needs_features, needs_stages = True, True
 
     def __init__(self, *, beta: float, alpha: float, temperature: float) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class FSP(Method):
     Trained in one stage, jointly with CE. G is channels x channels, so paired stages need equal numbers of channels.
     """
 
-    needs_features = True
+    needs_features, needs_stages = True, True
 
     def __init__(self, student: Features, teacher: Features, *, beta: float) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class FitNet(Method):
     map of the two is average-pooled.
     """
 
-    needs_features = True
+    needs_features, needs_stages = True, True
 
     def __init__(self, student: Features, teacher: Features, *, beta: float, hint: int) -> None:
         super().__init__()
@@ -253,7 +253,7 @@ class FitNet(Method):
 class SP(Method):
     """L = CE + beta MSE(similarities of the batch's images) at the last stage: Tung and Mori, ICCV 2019."""
 
-    needs_features, one_process = True, True
+    needs_features, needs_stages, one_process = True, True, True
 
     def __init__(self, *, beta: float) -> None:
         super().__init__()
@@ -441,6 +441,12 @@ def build(
         if key in parameters
     }
     with _as_user_error(name):
+        for whose, features in (("student", student), ("teacher", teacher)):
+            if getattr(method_class, "needs_stages", False) and not getattr(features, "stages", ()):
+                others = "kd dkd lskd compare logits, rkd pkt crd pooled vectors"
+                raise ValueError(
+                    f"it compares square feature maps, and the {whose} (a transformer?) has none; {others}"
+                )
         method = method_class(
             **given, **{"lambda_" if key == "lambda" else key: value for key, value in options.items()}
         )

@@ -9,8 +9,9 @@ import pytest
 from conftest import ROOT
 
 import train
-from takd.config import run_config
+from takd.config import names, run_config
 from takd.config.run_config import RunConfig
+from takd.errors import UserError
 
 INCIDENTAL = {
     *("teacher_checkpoint", "teacher_cache", "any_teacher", "dataset_dir", "download", "workers", "cuda"),
@@ -223,3 +224,50 @@ def test_repetitions_are_the_runs_of_their_seeds(distilled):
     in_folder = parse(f"{command} --seed 4 --repeat 2 --run-dir x")
     assert [each.run_path for each in in_folder.repetitions()] == [Path("x/seed4"), Path("x/seed5")]
     assert in_folder.teacher_config().run_path == Path("x/teacher")
+
+
+# --------------------------------------------------------------------------- what a user's own network declares
+@pytest.fixture
+def own(tmp_path):
+    """own(attributes) writes a file with a class that has these."""
+
+    def write(attributes):
+        path = tmp_path / "nets.py"
+        path.write_text(f"class Net:\n    {attributes}\n    def __init__(self, classes, pretrained): pass\n")
+        return f"{path}:Net"
+
+    return write
+
+
+def test_the_image_size_of_a_users_class(own):
+    """Its students and the teachers trained first get it where no flag says otherwise."""
+    name = own("image_size = 48")
+    config = parse(f"--student {name} --teacher plane2")
+    assert (config.image_size, config.origins["image_size"]) == (48, "its class")
+    assert config.teacher_config().image_size is None
+    assert parse(f"--student plane2 --teacher {name}").teacher_config().image_size == 48
+    assert parse(f"--student {name} --image-size 64").image_size == 64
+    assert parse(f"--student {name} --image-size 32").image_size is None  # the data set's usual one
+    again = run_config.command(config.record(), config.origins)
+    assert "--image-size" not in again and parse(" ".join(again)).identity() == config.identity()
+
+
+def test_pretrained_weights_of_a_users_class(own):
+    assert parse(f"--student plane2 --teacher {own('depth = 1')} --pretrained").teacher_config().pretrained
+
+
+@pytest.mark.parametrize(
+    "attributes, message",
+    [
+        ("mean = 0.5", "mean must be three numbers, of pixels in 0..1, not 0.5"),
+        ("mean = (0.5, 0.5)", "mean must be three numbers"),
+        ("mean = ('a', 'b', 'c')", "mean must be three numbers"),
+        ("std = (0.5, 0, 0.5)", "std must be three numbers above 0"),
+        ("image_size = (224, 224)", "image_size must be a whole number from 8 to 1024, not (224, 224)"),
+        ("image_size = 4", "image_size must be a whole number from 8 to 1024, not 4"),
+    ],
+)
+def test_a_users_class_that_declares_something_else(attributes, message, own):
+    with pytest.raises(UserError) as caught:
+        names.declared_input(own(attributes))
+    assert message in str(caught.value)

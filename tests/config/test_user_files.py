@@ -139,7 +139,7 @@ WRONG = {
     "no Python": ("class Mine(:\n", "Mine", "nets.py is not Python: invalid syntax (nets.py, line 1)"),
     "binary": (b"\0\1", "Mine", "nets.py "),
     "not UTF-8": (b"word = '\xff'", "Mine", "nets.py is not Python: "),
-    "a missing package": ("\nimport absent\n", "Mine", "ModuleNotFoundError: No module named 'absent' (line 2)"),
+    "a missing package": ("\nimport absent\n", "Mine", "No module named 'absent' (line 2); if it is a package: "),
     "an error of several lines": (
         "raise ValueError('two\\nlines')",
         "Mine",

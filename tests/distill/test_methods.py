@@ -376,6 +376,20 @@ def test_networks_of_other_shapes_adapt_or_are_refused(student, teacher, digits)
             assert pair.parts(name)[1]["loss"].isfinite(), name
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_network_without_square_maps(name, pair):
+    """As a transformer is: methods that compare stages refuse it in one line, the others take it."""
+    with torch.no_grad():
+        maps = rows(pair.student.eval().forward_features(pair.images), slice(2))
+    tokens = maps._replace(stages=())
+    for student, teacher, whose in ((tokens, maps, "student"), (maps, tokens, "teacher")):
+        if name in ("at", "at_st", "fsp", "fitnet", "sp"):
+            with pytest.raises(UserError, match=f"--method {name}: it compares square feature maps, and the {whose} "):
+                methods.build(name, options_of(name), student, teacher, pair.labels)
+        else:
+            methods.build(name, options_of(name), student, teacher, pair.labels)
+
+
 def test_a_pair_is_refused_before_its_teacher_is_trained(tmp_path, call, tiny):
     command = (*tiny, "--teacher", "plane4", "--student", "resnet8", "--method", "fsp", "--run-dir", tmp_path / "run")
     refused = call(train, *command)
