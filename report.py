@@ -2,6 +2,7 @@
 """Report on runs: tables, figures and plain sentences, as report.md and a self-contained report.html.
 
   python3 report.py runs/paths                     a path study, finished or not
+  python3 report.py runs/answer                    ways to train a student over several seeds: do assistants help?
   python3 report.py runs/sweep runs/nni-ID         searches by sweep.py and NNI: their settings, ranked
   python3 report.py runs results/*.jsonl --output board       any runs: a leaderboard, and the studies among them
   python3 report.py runs/paths --keep results/paths.jsonl     their records as one file, for later reports

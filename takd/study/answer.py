@@ -158,7 +158,7 @@ def details(outcome: Outcome) -> Iterator[str]:
         yield sentence(pair, f"with {'as many' if length == 1 else known} training steps")
     if not outcome.pairs:
         yield f"No direct arm by the same method shares a chain with {arm.name}."
-    elif not outcome.matched:
+    elif not outcome.matched and outcome.verdict == BETTER:
         yield f"No direct arm with as many training steps as {arm.name} can be tested: more training may be the cause."
 
 
@@ -184,7 +184,8 @@ def sentence(pair: Pair, remark: str = "") -> str:
         f"[{', '.join(map(points, interval))}], p {f'< {p[1:]}' if p[0] == '<' else f'= {p}'}, n = {n}: {pair.verdict}"
     )
     if pair.verdict == APART:
-        found += f", and only a difference of {pair.difference.detectable:.2f} or more was likely to be found"
+        enough = f"a true difference of {pair.difference.detectable:.2f} or more"
+        found += f"; {enough} would be found with probability {statistics.POWER:g} or more"
     if pair.verdict in (BETTER, WORSE) and pair.negligible:
         found += f", but by less than {MARGIN:g} points"
     return f"{start} {found}."

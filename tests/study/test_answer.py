@@ -142,7 +142,7 @@ def test_equal_needs_the_whole_interval_within_the_margin():
         Chains(3).add((1, 2, 3), MAIN, noise=0.4, shift={"longer": 0.8}).question(), "through 4", "direct (40 epochs)"
     )
     assert wide.verdict == "cannot be told apart" and wide.difference.detectable > 0.5
-    assert f"a difference of {wide.difference.detectable:.2f} or more" in answer.sentence(wide)
+    assert f"a true difference of {wide.difference.detectable:.2f} or more would be found" in answer.sentence(wide)
     narrow = pair_of(
         Chains(3).add(range(30), MAIN, shift={"longer": 0.6}).question(), "through 4", "direct (40 epochs)"
     )
