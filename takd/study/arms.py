@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from takd.config import names
+from takd.config.run_config import one_or_more
 from takd.study import plan
 from takd.study.collect import APART, Group, Run
 from takd.study.plan import NetworkPath
@@ -45,7 +46,7 @@ class Arm:
 
     @property
     def teachers(self) -> list[str]:
-        return several(self.group.config.get("teacher"))
+        return one_or_more(self.group.config.get("teacher"))
 
     @property
     def direct(self) -> bool:
@@ -120,16 +121,14 @@ class Question:
         return max((len(ours & theirs) for ours, theirs in pairs), default=0)
 
     def accuracies(self, paths: Iterable[NetworkPath], seed: int) -> dict[NetworkPath, float]:
-        """Of the chain's runs with these paths, at the last epoch: of those above an arm where there are several."""
+        """Of the chain's runs with these paths, at the last epoch; of several, those above an arm, or with fewest
+        settings.
+        """
         above = [run for arm in self.arms if seed in arm.above for run in arm.above[seed].runs]
-        known = [run for run in [*self.runs, *above] if run.seed == seed and run.finished]
+        plain = sorted(self.runs, key=lambda run: -len(run.config))
+        known = [run for run in [*plain, *above] if run.seed == seed and run.finished]
         own = {run.path: run.accuracy("last") for run in known}
         return {path: value for path in paths if (value := own.get(path)) is not None}
-
-
-def several(value: Any) -> list[Any]:
-    """One value or a list of them, as a list; none for None."""
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def questions(runs: Iterable[Run]) -> list[Question]:
@@ -156,9 +155,9 @@ def lineage(run: Run, runs: Sequence[Run]) -> Lineage:
     complete, waiting = True, [run]
     while waiting:
         below = waiting.pop(0)
-        files = several(below.config.get("teacher_checkpoint"))
+        files = one_or_more(below.config.get("teacher_checkpoint"))
         parents = [_written_by(Path(file).parent, below, runs) for file in files]
-        complete = complete and all(parents) and len(files) == len(several(below.config.get("teacher")))
+        complete = complete and all(parents) and len(files) == len(one_or_more(below.config.get("teacher")))
         fresh = [parent for parent in parents if parent and parent not in above]
         above += fresh
         waiting += fresh
@@ -177,7 +176,7 @@ def _written_by(folder: Path, below: Run, runs: Sequence[Run]) -> Run | None:
         shared = sum(a == b for a, b in zip(run.folder.parts, below.folder.parts, strict=False))
         return shared, run.seed == below.seed
 
-    teachers = several(below.config.get("teacher"))
+    teachers = one_or_more(below.config.get("teacher"))
     able = [run for run in runs if run.path[-1] in teachers and run is not below]
     made = [run for run in able if same(run.config.get("run_dir") or (run.summary or {}).get("run_dir"))]
     return max(made or [run for run in able if run.folder.resolve() == folder.resolve()], key=near, default=None)
@@ -185,13 +184,13 @@ def _written_by(folder: Path, below: Run, runs: Sequence[Run]) -> Run | None:
 
 def digests(run: Run, above: Lineage) -> set[str]:
     """Of the weights of every network above it, as far as they are recorded."""
-    return {digest for each in (run, *above.runs) for digest in several(each.config.get("teacher_weights"))}
+    return {digest for each in (run, *above.runs) for digest in one_or_more(each.config.get("teacher_weights"))}
 
 
 def top_digest(run: Run, above: Lineage) -> set[str]:
     """Of the weights of its path's first network; empty where that is not recorded."""
     names_and_weights = (
-        zip(several(each.config.get("teacher")), several(each.config.get("teacher_weights")), strict=False)
+        zip(one_or_more(each.config.get("teacher")), one_or_more(each.config.get("teacher_weights")), strict=False)
         for each in (run, *above.runs)
     )
     return {weights for pairs in names_and_weights for network, weights in pairs if network == run.path[0]}
@@ -215,7 +214,9 @@ def arms_of(runs: Iterable[Run], above: Mapping[int, Lineage]) -> tuple[list[Arm
             arm.above[run.seed] = up
     arms = [arm for variants in found.values() for arm in variants.values()]
     _name(arms)
-    return sorted(arms, key=lambda arm: (arm.assisted, len(arm.path), len(arm.teachers), arm.epochs)), repeated
+    return sorted(
+        arms, key=lambda arm: (arm.assisted, len(arm.path), len(arm.teachers), arm.epochs, arm.name)
+    ), repeated
 
 
 def _networks(path: Iterable[str]) -> list[str]:

@@ -283,6 +283,12 @@ def test_the_rule_of_thumb_takes_distilled_assistants_if_none_were_trained_alone
     assert "(distilled from plane10)" in rule(3, alone=False)
 
 
+def test_of_several_runs_alone_the_plainest_counts():
+    question = Chains().add((1,), ("alone", "smoothed", "direct"), noise=0).question()
+    alone, smoothed = (arm.values[1] for arm in question.arms[:2])
+    assert question.accuracies([("plane2",)], 1) == {("plane2",): alone} and alone != smoothed
+
+
 def test_the_rule_of_thumb_needs_three_assistants():
     assert rule(5, assistants=("plane8", "plane4")) == ""
 
