@@ -42,7 +42,7 @@ def test_means_differences_and_tests_are_right(three_seeds, call):
     assert f"{verdict} noise between seeds." in text
     assert "3 of 3" not in text and "partial" not in text
     # At the last epoch 42.9 - 41, 44 - 42 and 43.6 - 41.5.
-    assert "Through 4 against direct, with an unknown number of training steps: +2.00 points [" in text
+    assert "Through 4 against direct, with an unknown number of training steps: +2.00 points " in text
     assert outcome.out.startswith("answer    Assistants help by 2.00 points (through 4, training steps not matched).")
 
 

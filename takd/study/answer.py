@@ -27,8 +27,8 @@ BRACKETS = "In brackets: 95 % confidence intervals of paired differences over n 
 METHOD = (
     "An arm is a way to train the student, and a chain is a seed with a teacher and assistants of its own. A "
     "difference is a mean over the chains that two arms share, in points of test accuracy at the last epoch, ± the "
-    "standard deviation; the interval is Student's, for that pair alone. p is that of a two-sided paired t-test with "
-    f"Holm's correction over all {{pairs}} pairs; better and worse are p < {statistics.LEVEL:g}. Equal: the whole "
+    "standard deviation; the interval is Student's, for that pair alone. p is that of their two-sided t-test with "
+    f"Holm's correction over {{pairs}}; better and worse are p < {statistics.LEVEL:g}. Equal: the whole "
     f"interval lies within ±{MARGIN:g} points. Detectable is the smallest true difference that this test, uncorrected, "
     f"finds with probability {statistics.POWER:g}, with so many chains and this deviation (exact, noncentral t). "
     "Assistants help if they are better than every direct arm of the same method; that it is they, and not more "
@@ -350,7 +350,8 @@ def section(document: Document, question: Question) -> str:
     document.table([*header, "best test epoch, %", "the paper's, %"], rows)
     header = ["arm", "against", "n", "difference, points", "95 % interval", "p (Holm)", "detectable", "verdict"]
     document.table(header, [_row(pair) for pair in pairs])
-    document.text(METHOD.format(pairs=sum(pair.p is not None for pair in pairs)))
+    tested = sum(pair.p is not None for pair in pairs)
+    document.text(METHOD.format(pairs=f"all {tested} pairs" if tested > 1 else "one pair"))
     document.text(rule_of_thumb(question))
     return answer
 
