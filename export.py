@@ -79,7 +79,6 @@ class Normalised(nn.Module):
 
     mean: torch.Tensor
     std: torch.Tensor
-    transform = (0.0,) * 3, (1.0,) * 3  # what is left to do before it: nothing
 
     def __init__(self, network: nn.Module, metadata: dict[str, Any]) -> None:
         super().__init__()
@@ -107,7 +106,7 @@ class Session(nn.Module):
 
 
 class Mismatch(Exception):
-    """ONNX Runtime's logits are not PyTorch's."""
+    """ONNX Runtime's logits are not PyTorch's, or it has none."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,26 +114,35 @@ def main(argv: list[str] | None = None) -> None:
     try:
         network, metadata = model_factory.load(args.checkpoint, args.model, args.image_size)
         test = test_images(args, metadata)
-        reference = Normalised(network, metadata).eval()
-        expected, score = scored(reference, test)
-        contents = exported(reference, test.image_size, metadata["model"], provenance(args, metadata, test, score))
+        size, inside = test.image_size, Normalised(network, metadata).eval()
+        expected = evaluation.predict(network, test, Transform(tuple(metadata["mean"]), tuple(metadata["std"]), size))
+        score = evaluation.score(expected, test.labels)
+        contents = exported(inside, size, metadata["model"], provenance(args, metadata, test, score))
         with replacing(args.output) as temporary:
             temporary.write_bytes(contents)
-            session = Session(temporary)
-            logits, onnx_score = scored(session, test)
+            try:
+                session = Session(temporary)
+                logits = evaluation.predict(session, test, Transform((0.0,) * 3, (1.0,) * 3, size))
+            except Exception as error:  # of one of its many classes
+                reason = str(error).splitlines()[0]
+                raise Mismatch(f"ONNX Runtime cannot run the file: {reason}; nothing is written") from None
             worst = difference(logits, expected)
             if not worst <= TOLERANCE:  # nor nan
-                raise Mismatch(f"ONNX Runtime's logits differ from PyTorch's by {worst:.1e}: nothing is written")
+                raise Mismatch(f"ONNX Runtime's logits differ from PyTorch's by {worst:.1e}; nothing is written")
     except UserError as error:
         sys.exit(flags.fail("export.py", error, 2))
     except (Mismatch, OSError, MemoryError) as error:
         sys.exit(flags.fail("export.py", error, 1))
     weights = sum(value.numel() * value.element_size() for value in network.state_dict().values())
+    inside.to(memory_format=torch.channels_last)  # for speed, as in training
     rows = [["", "test %", "MB", *(f"ms, batch of {images}" for images in BATCHES)]]
-    reference.to(memory_format=torch.channels_last)  # for speed, as in training
-    for name, each, its, size in (("PyTorch", reference, score, weights), ("ONNX", session, onnx_score, len(contents))):
-        times = [f"{1000 * latency(each, test.image_size, images):.2f}" for images in BATCHES]
-        rows.append([name, f"{its['accuracy_percent']:.2f}", f"{size / 1e6:.2f}", *times])
+    for name, each, answers, stored in (
+        ("PyTorch", inside, expected, weights),
+        ("ONNX", session, logits, len(contents)),
+    ):
+        accuracy = evaluation.score(answers, test.labels)["accuracy_percent"]
+        times = [f"{1000 * latency(each, size, images):.2f}" for images in BATCHES]
+        rows.append([name, f"{accuracy:.2f}", f"{stored / 1e6:.2f}", *times])
     print(text_table(rows, left=1))
     print(f"\nThe logits of {len(test):,} test images differ by {worst:.1e} at most.")
     print(measured_sentence([{"device": processor(), "threads": torch.get_num_threads()}]))
@@ -153,12 +161,6 @@ def test_images(args: argparse.Namespace, metadata: dict[str, Any]) -> Split:
     if order := class_order(recorded, test.classes):
         test = dataclasses.replace(test, labels=torch.tensor(order)[test.labels], classes=tuple(recorded))
     return test
-
-
-def scored(network: nn.Module, test: Split) -> tuple[torch.Tensor, dict[str, float]]:
-    """Logits (N, C) of a network that normalises its images itself, and their scores."""
-    logits = evaluation.predict(network, test, Transform(*Normalised.transform, test.image_size))
-    return logits, evaluation.score(logits, test.labels)
 
 
 def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:

@@ -96,6 +96,14 @@ def test_a_file_with_other_logits_is_not_written(onnxruntime, teacher_file, tmp_
     assert "differ from PyTorch's by" in outcome.err and listing(tmp_path) == before
 
 
+def test_a_file_that_onnx_runtime_refuses_is_not_written(onnxruntime, teacher_file, tmp_path, call, monkeypatch):
+    before = listing(tmp_path)
+    monkeypatch.setattr(export, "exported", lambda *_: b"no protobuf")
+    outcome = call(export, "--checkpoint", teacher_file, "--output", tmp_path / "student.onnx")
+    assert (outcome.status, outcome.err.count("\n")) == (1, 1) and "ONNX Runtime cannot run the file" in outcome.err
+    assert listing(tmp_path) == before
+
+
 def test_labels_follow_the_order_of_the_networks_classes():
     args = export.parse(["--checkpoint", "x", "--output", "y.onnx"])
     classes, digits = list("9876543210"), data_loader.read("digits").test
