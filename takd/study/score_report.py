@@ -184,7 +184,9 @@ def _network_section(
     hits = sum(line["right"] for line in each)
     percent = result["test_accuracy_percent"]
     each.append({"class": "Overall", "images": result["images"], "right": hits, "accuracy_percent": percent})
-    for line, value in zip(each, [*of_teacher, teacher["test_accuracy_percent"]] if teacher else (), strict=False):
+    for line, value in zip(
+        each, [*of_teacher, teacher["test_accuracy_percent"]] if of_teacher and teacher else (), strict=False
+    ):
         line["teacher_accuracy_percent"] = value
     for name, lines in {"class_accuracy": each, "classification_report": table.rows}.items():
         document.attach(f"{stem}/{name}.csv", _csv([list(lines[0]), *(line.values() for line in lines)]))
