@@ -330,8 +330,8 @@ class Study:
 
     @functools.cached_property
     def seeds(self) -> set[int]:
-        """What paths are compared over: the seeds that all of them, and the student alone, have finished."""
-        return seeds_in_common(self.cells[path] for path in (*self.ends, (self.student,)) if path in self.cells)
+        """What paths are compared over: the seeds that all of them to the student have finished."""
+        return seeds_in_common(self.cells[path] for path in self.ends if path in self.cells)
 
     def cell(self, path: NetworkPath) -> Group | None:
         """A path's runs over the seeds in common; over its own, where it has none of these."""

@@ -27,7 +27,7 @@ def seeds_sentence(groups: Sequence[Group]) -> str:
 
 def comparison(document: Document, kind: str, cells: Mapping[str, Group], references: Mapping[str, Group]) -> None:
     """Differences of groups, best first, from each reference: with several seeds a paired test over these, with one
-    the sampling error of the test images. All groups have the same seeds."""
+    the sampling error of the test images. All cells have the same seeds; a reference may have fewer."""
     differences: list[Difference] = []
     for which in collect.OUTCOMES:
         header, rows = [f"{kind}, {which} epoch"], [[name] for name in cells]
@@ -40,7 +40,9 @@ def comparison(document: Document, kind: str, cells: Mapping[str, Group], refere
                 for cell in cells.values()
             ]
             corrected = statistics.holm(members)
-            header += [f"against {name}, points", f"against {name}: p"]
+            shared = collect.seeds_in_common([*cells.values(), reference])
+            over = f", {seeds_text(shared)}" if shared != collect.seeds_in_common(cells.values()) else ""
+            header += [f"against {name}{over}, points", f"against {name}: p"]
             for row, difference, p in zip(rows, members, corrected, strict=True):
                 row += [_difference(difference), p_value(p)]
             differences += [difference for difference in members if difference]
@@ -64,13 +66,13 @@ def _explained(differences: Sequence[Difference]) -> Iterator[str]:
     tested = [difference for difference in differences if difference.p is not None]
     if not tested:
         return
-    if tested[0].seeds == 1:
+    if any(difference.seeds == 1 for difference in tested):
         yield "With one seed, ± is the standard error that the number of test images gives a difference of two"
         yield "accuracies, and p that of a z-test under this error alone, with Holm's correction for the number of"
         yield "comparisons; below 0.05 a difference counts as more than sampling error. How much another seed would"
         yield "change it, only more seeds can tell."
-    else:
-        yield "± is the standard deviation over seeds. p is that of a paired t-test over the seeds, with Holm's"
+    if any(difference.seeds > 1 for difference in tested):
+        yield "With several seeds, ± is the standard deviation over them and p that of a paired t-test, with Holm's"
         yield "correction for the number of comparisons; below 0.05 a difference counts as more than noise. With few"
         yield "seeds the test has little power: absence of evidence is not evidence of absence."
 

@@ -47,6 +47,8 @@ def study_section(document: Document, found: Study, only: bool) -> None:
     cells = {found.short(path): cell for path in ranked if (cell := found.cell(path)) and cell.finished}
     references = {"BLKD": (found.teacher, found.student), "NOKD": (found.student,)}
     known = {name: cell for name, path in references.items() if (cell := found.cell(path)) and cell.finished}
+    if not alone_seeds(found):
+        known.pop("NOKD", None)
     if found.seeds and cells and known and (len(cells) > 1 or "NOKD" in known):
         document.heading("Against direct distillation (BLKD) and training alone (NOKD)", 3)
         comparison(document, "path", cells, known)
@@ -87,10 +89,11 @@ def path_table(
     groups = [found.cells[path] for path in paths if path in found.cells]
     recipes = dict(zip(map(id, groups), recipes_of(groups), strict=True))
     recipes = recipes if len(set(recipes.values())) > 1 else {}
-    unequal = any(set(group.finished) - found.seeds for group in groups if group.finished) and bool(found.seeds)
+    ends = [found.cells[path] for path in found.ends if path in found.cells]
+    unequal = bool(found.seeds) and any(set(group.finished) - found.seeds for group in ends)
     rows = []
     for path in paths:
-        group, mean = found.cells.get(path), found.mean(path)
+        group = found.cells.get(path)
         outcomes = ["", ""]
         if group:
             outcomes = [percent(group.mean(which), group.deviation(which)) for which in collect.OUTCOMES]
@@ -98,7 +101,8 @@ def path_table(
         row += [found.short(path) if len(path) > 1 else f"{path[0]} alone"]
         row[-1] += _role(found, path) + _state(found, path)
         row += [method_of(group), recipes.get(id(group), "")] if group else ["", ""]
-        row += [seeds_of(group, found.planned.get(path, 0)), *outcomes, percent(mean) if unequal else ""]
+        common = percent(found.mean(path)) if unequal and group and found.seeds <= set(group.finished) else ""
+        row += [seeds_of(group, found.planned.get(path, 0)), *outcomes, common]
         rows.append([*row, published.paper_number(paper.get(path), group.mean("best") if group else None)])
     header = ["network"] if network else []
     header += ["path", "method", "recipe, epochs", "seeds", "best epoch, %", "last epoch, %"]
@@ -142,13 +146,24 @@ def lead(found: Study, best: NetworkPath | None) -> Iterator[str]:
         )
         several = len(group.finished) > 1
         yield f"epoch ({'mean of ' * several}{seeds_text(group.finished)}{'' if several else alone_seed})."
+        trained, shared = found.cells.get((found.student,)), alone_seeds(found)
+        equal = shared == found.seeds
         direct, alone = found.mean((found.teacher, found.student)), found.mean((found.student,))
-        others = {"directly from the teacher": direct if len(best) > 2 else None, "alone": alone}
+        others = {"directly from the teacher": direct if len(best) > 2 else None, "alone": alone if equal else None}
         if known := ", ".join(f"{how} {value:.2f} %" for how, value in others.items() if value is not None):
             yield f"For comparison, {found.student} {known}."
-        if alone is not None and found.seeds and alone >= (found.mean(best) or 0):
-            yield "No path is better than training alone."
-        yield seeds_sentence([found.cells[path] for path in (*found.ends, (found.student,)) if path in found.cells])
+        if trained and shared:
+            gains = [
+                (found.cells[path].over(shared).mean("best") or 0) - (trained.over(shared).mean("best") or 0)
+                for path in sorted(found.ends, key=lambda path: path != best)
+                if path in found.cells and found.cells[path].finished
+            ]
+            if not equal:
+                yield f"Over {seeds_text(shared)}, which {found.student} alone has too, it is {points(gains[0])} points"
+                yield f"against training alone ({percent(trained.over(shared).mean('best'))} %)."
+            if max(gains) <= 0:
+                yield "No path is better than training alone."
+        yield seeds_sentence([found.cells[path] for path in found.ends if path in found.cells])
     if done < total:
         marked = "failed and unfinished ones are marked" if found.failed else "unfinished ones are marked"
         yield f"This report is partial: {done} of {total} trainings are finished; {marked}."
@@ -162,6 +177,12 @@ def lead(found: Study, best: NetworkPath | None) -> Iterator[str]:
         yield "the leaderboard has them all."
     if len(set(map(names.family, found.sizes))) > 1:
         yield "The sizes are of several families."
+
+
+def alone_seeds(found: Study) -> set[int]:
+    """Of the seeds that paths are compared over, those that the student alone has finished too."""
+    alone = found.cells.get((found.student,))
+    return found.seeds & set(alone.finished) if alone else set()
 
 
 def rule(document: Document, found: Study) -> None:
