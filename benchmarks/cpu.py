@@ -31,7 +31,7 @@ import data_loader
 import model_factory
 import train
 from takd.config import names, run_config
-from takd.distill.teacher import Teacher
+from takd.distill.teacher import Teacher, Teachers
 from takd.images.batches import batches
 from takd.images.split import epoch_plan
 from takd.run.distributed import part_of
@@ -39,11 +39,13 @@ from takd.run.run_directory import environment
 
 BATCH = 128
 FAMILIES = [f"resnet{depth}" for depth in names.RESNET_DEPTHS] + [f"plane{size}" for size in names.PLANE_SIZES]
-CASES = [  # teacher, student, augmentation, table
+CASES = [  # teacher (or several), student, augmentation, table
     *((None, student, "none", None) for student in FAMILIES),
     *((None, student, "crop-flip", None) for student in ("resnet8", "plane2")),
     *((*pair, *how) for pair in (("resnet110", "resnet8"), ("resnet56", "resnet20"), ("plane10", "plane2"))
       for how in (("none", "warm"), ("crop-flip", "cold"), ("crop-flip", "warm"))),
+    *((*pair, augment, "warm") for pair in ((("resnet56", "resnet20", "resnet14"), "resnet8"),
+      (("plane10", "plane6", "plane4"), "plane2")) for augment in ("none", "crop-flip")),
 ]  # fmt: skip
 
 
@@ -102,16 +104,18 @@ class Ours:
 
     def __init__(self, case, split, precision, folder, annex):
         teacher, student, self.augment, self.how = case
-        self.split, self.epoch, self.table = split, 0, None
-        given = ["--teacher", teacher] if teacher else []
+        self.split, self.epoch, self.tables = split, 0, []
+        given = ["--teacher", *run_config.one_or_more(teacher)] if teacher else []
         config = run_config.parse(["--student", student, *given, "--cuda", "0", "--learning-rate", "1e-4"])
         cpu = train.cpu_annex(config) if annex else None
         if teacher:
             torch.manual_seed(0)
-            network = model_factory.create(teacher, len(split.classes))
-            teacher = Teacher(network, split.transform, split, precision, False, cpu and cpu.pack)
-            teacher.attach_table(split, self.augment, "auto", str(folder / config.teacher), lambda line: None)
-            self.table = teacher.table
+            networks = [model_factory.create(name, len(split.classes)) for name in config.teachers]
+            frozen = [Teacher(each, split.transform, split, precision, False, cpu and cpu.pack) for each in networks]
+            for each, name in zip(frozen, config.teachers, strict=True):
+                each.attach_table(split, self.augment, "auto", str(folder / name), lambda line: None)
+            self.tables = [each.table for each in frozen]
+            teacher = Teachers(frozen) if len(frozen) > 1 else frozen[0]
         self.step = train.assemble(config, split, teacher, precision, cpu)
         self.step.student.train()
 
@@ -120,8 +124,8 @@ class Ours:
         self.epoch += self.how == "cold"
         plan = epoch_plan(self.split, self.augment, 1, self.epoch)
         parts = [part_of(slice(first, first + BATCH)) for first in range(0, count * BATCH, BATCH)]
-        if self.table:
-            self.table.expect(plan.order[: count * BATCH], plan.views[: count * BATCH])
+        for table in self.tables:
+            table.expect(plan.order[: count * BATCH], plan.views[: count * BATCH])
         for part, batch in zip(parts, batches(self.split, self.augment, plan, [p.rows for p in parts]), strict=True):
             self.step(batch, part)
 
@@ -131,6 +135,7 @@ CONTENDERS = {
     "without takd.cpu": (Ours, {"annex": False}),
     "plain": (Plain, {}),
     "labels alone": (Ours, {"annex": True}),  # the same student with no teacher
+    "one teacher": (Ours, {"annex": True}),  # the same student with the first teacher only
 }
 
 
@@ -139,6 +144,8 @@ def serve(pipe, contender, case, split, precision, folder):
     kind, more = CONTENDERS[contender]
     if contender == "labels alone":
         case = (None, *case[1:3], None)
+    if contender == "one teacher":
+        case = (case[0][0], *case[1:])
     steps = kind(case, split, precision=precision, folder=folder, **more).steps
     while count := pipe.recv():
         started = time.perf_counter()
@@ -169,10 +176,16 @@ class Contender:
         self.process.join()
 
 
+def work(case):
+    """A case's networks, such as plane10 + plane4 > plane2."""
+    return " > ".join([" + ".join(run_config.one_or_more(case[0])), case[1]] if case[0] else [case[1]])
+
+
 def measure(case, split, folder, rounds, precision):
     """A case's row."""
     teacher, student, augment, table = case
-    names_ = [name for name in CONTENDERS if name != "labels alone" or table == "warm"]
+    several = isinstance(teacher, tuple)
+    names_ = ["ours", "one teacher"] if several else [*CONTENDERS][: 4 if table == "warm" else 3]
     running = {}
     for name in names_:
         own = folder / name.replace(" ", "-")  # with and without takd.cpu a table's values differ in rounding
@@ -187,7 +200,7 @@ def measure(case, split, folder, rounds, precision):
         contender.end()
     ratios = {name: np.median(np.array(rates["ours"]) / np.array(rates[name])) for name in names_[1:]}
     return {
-        "work": f"{teacher} > {student}" if teacher else student,
+        "work": work(case),
         "augment": augment,
         "table": table,
         "images_per_second": {name: float(np.median(values)) for name, values in rates.items()},
@@ -196,8 +209,8 @@ def measure(case, split, folder, rounds, precision):
 
 
 HEADER = """
-| work | augmentation | table | images/s | vs. without takd.cpu | vs. plain loop | vs. labels alone |
-|---|---|---|--:|--:|--:|--:|"""
+| work | augmentation | table | images/s | vs. without takd.cpu | vs. plain loop | vs. labels alone | vs. one teacher |
+|---|---|---|--:|--:|--:|--:|--:|"""
 
 
 def markdown(row):
@@ -247,7 +260,7 @@ def main():
     print(HEADER)
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
-            title = " ".join(filter(None, [f"{case[0]} > {case[1]}" if case[0] else case[1], *case[2:]]))
+            title = " ".join(filter(None, [work(case), *case[2:]]))
             if args.only and not any(word in title for word in args.only):
                 continue
             row = measure(case, split, Path(folder), args.rounds, precision)

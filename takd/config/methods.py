@@ -163,7 +163,7 @@ def find(name: str) -> Method:
             fix = "options come after a *, and only student, teacher and labels before it"
             raise UserError(f"--method {name}: its constructor requires {key}; {fix}")
     together = getattr(method_class, "needs_index", False) or getattr(method_class, "one_process", False)
-    several = getattr(method_class, "several_teachers", False)
+    several = vars(method_class).get("several_teachers", False)  # not inherited with another forward
     return Method("", "", options, not together, hasattr(method_class, "label_smoothing"), several)
 
 

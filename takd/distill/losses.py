@@ -28,8 +28,11 @@ def distillation_kl(
     the equation's, sums over classes and averages over the batch. `mean` divides by the classes as well, as the
     released code's `nn.KLDivLoss()` does: C times too small, kept to reproduce its runs.
     """
-    student = F.log_softmax(student_logits.float() / temperature, dim=1)
-    teacher = log_softened(teacher_logits, temperature)
+    student, teacher = log_softened(student_logits, temperature), log_softened(teacher_logits, temperature)
+    return _scaled_kl(student, teacher, temperature, reduction)
+
+
+def _scaled_kl(student: Tensor, teacher: Tensor, temperature: float, reduction: str) -> Tensor:
     # Not left to PyTorch's reduction="mean": it warns, and is announced to become "batchmean".
     classes = student.shape[1] if reduction == "mean" else 1
     return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * (temperature**2 / classes)
@@ -39,7 +42,9 @@ def guidance_kl(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str = "batchmean"
 ) -> Tensor:
     """(K,): distillation_kl from each of K teachers, teacher_logits (K, B, C): the terms of Son et al. 2021, eq. 5."""
-    return torch.stack([distillation_kl(student_logits, each, temperature, reduction) for each in teacher_logits])
+    student = log_softened(student_logits, temperature)
+    teachers = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    return torch.stack([_scaled_kl(student, teacher, temperature, reduction) for teacher in teachers])
 
 
 def drop_threshold(probability: float, terms: int) -> float:

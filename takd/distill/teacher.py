@@ -125,7 +125,7 @@ class Teacher:
                 why = f"its file records {recorded_percent:.2f} % too: it has hardly been trained"
                 fix = "train it for more epochs"
             raise UserError(
-                f"the teacher {self.label}scores {accuracy:.2f} % on {split.name}, no better than guessing: {why}; "
+                f"the teacher {checkpoint} scores {accuracy:.2f} % on {split.name}, no better than guessing: {why}; "
                 f"{fix}, or try the command out with --any-teacher"
             )
         self._score = file, {"split": split.name, "images": len(split), "accuracy_percent": accuracy}

@@ -162,6 +162,7 @@ BY_HAND = {  # name: (options, weight of the labels, {part: (weight, value)}); d
         "others": (0.75 * 2, decoupled(s.logits, t.logits, y, 4)[1]),
     }),
     "lskd": ({}, 0.1, lambda s, t, y, m: {"kd": (9, soft_kl(z_scores(s.logits), z_scores(t.logits), 2))}),
+    "dgkd": ({"lambda": 0.3}, 0.7, lambda s, t, y, m: {"kd": (0.3, soft_kl(s.logits, t.logits, 4))}),
 }
 # fmt: on
 SHAPES = ((4, 8), (4, 8), (6, 4), (8, 2))  # channels, height and width, as a small ResNet's

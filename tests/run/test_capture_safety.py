@@ -18,8 +18,8 @@ import model_factory
 import train
 from takd.config import run_config
 from takd.distill.logit_table import LogitTable
-from takd.distill.methods import METHODS, CrossEntropy
-from takd.distill.teacher import Teacher
+from takd.distill.methods import METHODS, CrossEntropy, Logits, build
+from takd.distill.teacher import Teacher, Teachers
 from takd.images.augmentation import VIEWS
 from takd.images.split import Batch, Transform
 from takd.run.distributed import part_of
@@ -111,6 +111,15 @@ def test_a_step_with_a_resident_table(family, tmp_path):
     step.teacher.table.resident = step.teacher.table.values.to("meta")
     step.teacher.network = None
     guarded_step(step, batch)
+
+
+def test_a_step_with_several_teachers_that_leaves_terms_out():
+    step, batch = assembled("plane2", "crop-flip", "kd")
+    two = Logits(torch.zeros(3, 2, 10))
+    options = {"temperature": 4.0, "lambda": 0.5, "reduction": "batchmean", "drop": 0.5}
+    method = build("dgkd", options, two, two, torch.zeros(2))
+    teachers = Teachers([step.teacher] * 3)
+    guarded_step(TrainStep(step.student, method, teachers, step.optimizer, step.split, "fp32"), batch)
 
 
 ON_HOST = torch.ones(())

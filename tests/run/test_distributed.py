@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -96,6 +97,22 @@ def test_uneven_parts_and_a_last_batch_of_one_image(tmp_path, call, group, tiny)
     assert_same_runs(tmp_path / "run", tmp_path / "alone", tolerance=1e-4)
     assert first_words(out) == first_words(alone.out) and "2 processes of 1 threads" in out
     assert read_json(tmp_path / "run/config.json")["environment"]["processes"] == 2
+
+
+@pytest.mark.slow
+def test_torchrun_with_several_teachers(tmp_path, call, start_command, tiny, teacher_file):
+    """Every process leaves out the same terms."""
+    other = tmp_path / "other.pth.tar"
+    assert call(train, *tiny, "--seed", "2", "--run-dir", tmp_path / "other").status == 0
+    shutil.copy(tmp_path / "other/plane2_seed2_best.pth.tar", other)
+    command = (*tiny, *QUIET, "--teacher", "plane2", "plane2", "--teacher-checkpoint", teacher_file, other)
+    command += ("--method", "dgkd", "--method-option", "drop=0.5")
+    alone = call(train, *command, "--run-dir", tmp_path / "alone")
+    process = start_command(*TORCHRUN, "train.py", *command, "--run-dir", tmp_path / "run", cwd=ROOT)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert first_words(out) == first_words(alone.out)
+    assert_same_runs(tmp_path / "run", tmp_path / "alone")
 
 
 def test_torchrun_with_a_teacher(tmp_path, call, start_command, tiny, teacher_file):
