@@ -41,7 +41,7 @@ def _scaled_kl(student: Tensor, teacher: Tensor, temperature: float, reduction: 
 def guidance_kl(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float, reduction: str = "batchmean"
 ) -> Tensor:
-    """(K,): distillation_kl from each of K teachers, teacher_logits (K, B, C): the terms of Son et al. 2021, eq. 5."""
+    """(K,): distillation_kl from each of K teachers, teacher_logits (K, B, C): the terms of Son et al. 2021."""
     student = log_softened(student_logits, temperature)
     teachers = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
     return torch.stack([_scaled_kl(student, teacher, temperature, reduction) for teacher in teachers])

@@ -110,8 +110,7 @@ class KD(Method):
 
 
 class DGKD(KD):
-    """L = (1 - lambda) CE + lambda mean over teachers of T^2 KL(teacher || student): Son et al., ICCV 2021, over the
-    number of teachers.
+    """L = (1 - lambda) CE + lambda mean over teachers of T^2 KL(teacher || student): Son et al., ICCV 2021.
 
     `drop`: each term is left out of a step with this probability, and the mean is that of the others. One always stays,
     so the probability is at most 1 - 1/K.
