@@ -129,7 +129,7 @@ class RunConfig:
         """The run that trains the last teacher, from those before it: the same data, length and recipe, the method as
         given, but not the student's optimiser flags."""
         settings, (*above, network) = self.record(), self.teachers
-        passed = (*PASSED_TO_TEACHER, "method", "teacher_cache") if above else PASSED_TO_TEACHER
+        passed = (*PASSED_TO_TEACHER, "method", "teacher_cache", "any_teacher") if above else PASSED_TO_TEACHER
         given = {key: settings[key] for key in passed if key in settings and self._given(key)}
         given["student"] = network
         if above:
