@@ -39,7 +39,7 @@ def test_trainings_and_studies_with_closed_streams_and_in_ascii(tmp_path, tiny, 
         "plane2_seed1_best",
         "summary",
     ]
-    study = ("--sizes", "plane4", "plane2", *tiny[2:], "--learning-rate", "0.1", "--seeds", "1", "2")
+    study = ("--sizes", "plane4", "plane2", *tiny[2:], "--batch-size", "32", "--seeds", "1", "2")
     for environment in ({"PYTHONIOENCODING": "ascii"}, ASCII):
         runs = tmp_path / f"study{len(environment)}"
         outcome = run_command("distill_paths.py", *study, "--runs", runs, **environment)
