@@ -9,6 +9,14 @@
 A data set is a row of DATASETS in takd/config/names.py and a branch of `read`; folders of images need neither.
 """
 
+if __name__ == "__main__":  # Ctrl-C is silent from here on, during the imports too
+    try:
+        from takd import startup
+
+        startup.guard()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
 import dataclasses
 import sys
 from pathlib import Path

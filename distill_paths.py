@@ -11,6 +11,14 @@ again continues: finished trainings are skipped, failed ones repeated. Every oth
 --epochs, --recipe, --temperature, --cuda ...) is passed on to each training.
 """
 
+if __name__ == "__main__":  # Ctrl-C is silent from here on, during the imports too
+    try:
+        from takd import startup
+
+        startup.guard()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
 import argparse
 import json
 import shlex
@@ -291,8 +299,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(flags.fail("distill_paths.py", error, 2))
     except OSError as error:
         sys.exit(flags.fail("distill_paths.py", error, 1))
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == "__main__":

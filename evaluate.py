@@ -11,6 +11,14 @@ comparison.csv and .json, and a folder for each file: accuracy by class, confusi
 CSV, JSON, PNG and SVG.
 """
 
+if __name__ == "__main__":  # Ctrl-C is silent from here on, during the imports too
+    try:
+        from takd import startup
+
+        startup.guard()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
 import argparse
 import json
 import sys

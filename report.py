@@ -11,6 +11,14 @@
 Reads what train.py recorded (config.json, metrics.jsonl, summary.json); neither torch nor weights are needed.
 """
 
+if __name__ == "__main__":  # Ctrl-C is silent from here on, during the imports too
+    try:
+        from takd import startup
+
+        startup.guard()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
 import sys
 from pathlib import Path
 

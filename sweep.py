@@ -11,6 +11,14 @@ seed, and judged by the mean. The same command again, here or on another machine
 was interrupted, then begins new trials. All other flags are train.py's and are passed on to each training.
 """
 
+if __name__ == "__main__":  # Ctrl-C is silent from here on, during the imports too
+    try:
+        from takd import startup
+
+        startup.guard()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
 import argparse
 import dataclasses
 import signal

@@ -10,6 +10,14 @@ Without --teacher-checkpoint the teacher is trained first, with its own recipe, 
 again continues an interrupted run, or reports that it is finished. Everything is written to --run-dir.
 """
 
+if __name__ == "__main__":  # Ctrl-C is silent from here on, during the imports too
+    try:
+        from takd import startup
+
+        startup.guard()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
 import contextlib
 import copy
 import json
