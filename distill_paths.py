@@ -89,6 +89,7 @@ def read_arguments(argv: list[str]) -> Study:
     parser = build_parser()
     args, passed_on = parser.parse_known_args(argv)
     trainer = flags.train_parser()
+    trainer.others = list(parser.actions)
     common, _ = trainer.given(passed_on)
     try:
         if owned := [key for key in plan.OWNED if key in common]:
@@ -97,6 +98,7 @@ def read_arguments(argv: list[str]) -> Study:
                 "repeat": "use --seeds",
                 "run_dir": "use --runs",
                 "measure": "use --dry-run",
+                "init_from": "train.py has it, for one network",
             }
             hint = hints.get(owned[0], "use --sizes, --family and --paths")
             raise UserError(f"--{owned[0].replace('_', '-')} is set by the plan; {hint}")

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Score checkpoints on a data set's test images, in float32.
 
-  python3 evaluate.py --checkpoint runs/NAME/plane2_seed1_best.pth.tar --dataset-dir data
-  python3 evaluate.py --checkpoint resnet110_XXXX_best.pth.tar --model resnet110 --dataset cifar100 --json
-  python3 evaluate.py --checkpoint STUDENT --teacher-checkpoint TEACHER --report scores      with figures and costs
+  python3 evaluate.py runs/NAME/plane2_seed1_best.pth.tar --dataset-dir data
+  python3 evaluate.py resnet110_XXXX_best.pth.tar --model resnet110 --dataset cifar100 --json
+  python3 evaluate.py STUDENT --teacher-checkpoint TEACHER --report scores      with figures and costs
 
 Reads what train.py, the released TAKD code and RepDistiller write; --model and --dataset are needed only where a file
 has neither. Several files give one table, or with --json one object per line. A report is report.html (and .md),
@@ -35,12 +35,15 @@ from takd.errors import UserError
 def build_parser() -> flags.Parser:
     parser = flags.Parser(__doc__)
     flag, switch = parser.flag, parser.switch
-    flag("--checkpoint", nargs="+", required=True, metavar="FILE", help="files to score")
+    parser.group.add_argument("checkpoint", nargs="*", action="extend", metavar="FILE", help="checkpoints to score")
+    flag("--checkpoint", nargs="+", action="extend", metavar="FILE", help="the same as FILE")
     flag("--model", type=flags.network, metavar="NAME", help="the network in the files, if they do not name it")
     flag("--dataset", type=flags.dataset, metavar="NAME", help=f"{' '.join(names.DATASETS)} (default: the file's own)")
     flag("--dataset-dir", default="./data", metavar="DIR", help="where the data set is, or is downloaded to")
     flag("--image-size", type=flags.number(int, minimum=8, maximum=1024), metavar="N",
          help="input size, if a file lacks it")
+    flag("--test-images", type=flags.number(int, minimum=1), metavar="N",
+         help="score on only N test images, the same share of each class")
     switch("--no-download", "never download a data set")
     flag("--teacher-checkpoint", metavar="FILE", help="a teacher to compare with: agreement and savings")
     flag("--teacher", type=flags.network, metavar="NAME", help="the network in the teacher's file, if unnamed")
@@ -57,6 +60,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.dataset_dir = args.dataset_dir or parser.defaults["dataset_dir"]
     try:
+        if not args.checkpoint:
+            raise UserError("name the files to score: evaluate.py FILE ...")
         if args.teacher and not args.teacher_checkpoint:
             raise UserError("--teacher needs --teacher-checkpoint")
         if args.report is not None:
@@ -79,7 +84,8 @@ import torch
 import data_loader
 import model_factory
 from takd.distill import evaluation
-from takd.images.split import Split, Transform, class_order
+from takd.images.split import Split, Transform, class_order, fewer
+from takd.run.console import Console
 from takd.run.run_directory import processor
 from takd.study import score_report
 from takd.study.score_report import BATCHES, COSTS, Scored
@@ -148,11 +154,14 @@ def evaluate(
         raise UserError(f"{path} was trained for {metadata['classes']} classes; {dataset} has {len(outline.classes)}")
     if key not in splits:
         test = data_loader.read(dataset, args.dataset_dir, say=warn, **options).test
+        test = fewer(test, args.test_images, "test") if args.test_images else test
         splits[key] = test.to(torch.device(args.device))
     test = splits[key]
     network.to(test.device, memory_format=torch.channels_last)
     transform = Transform(tuple(metadata["mean"]), tuple(metadata["std"]), test.image_size)
-    logits = in_order(evaluation.predict(network, test, transform), path, metadata, dataset, test)
+    with Console(sys.stderr).progress(str(path), len(test)) as advance:
+        logits = evaluation.predict(network, test, transform, advance=advance)
+    logits = in_order(logits, path, metadata, dataset, test)
     score = evaluation.score(logits, test.labels)
     recorded = metadata.get("test_accuracy_percent") if dataset == metadata.get("dataset") else None
     result = {
@@ -170,7 +179,7 @@ def evaluate(
         **costs(network, test, path, measure=args.report is not None or bool(args.teacher_checkpoint)),
     }
     found = Evaluation(result, logits, test)
-    if recorded is not None and abs(recorded - score["accuracy_percent"]) > 0.5:
+    if recorded is not None and not args.test_images and abs(recorded - score["accuracy_percent"]) > 0.5:
         here = f"{dataset} here gives {score['accuracy_percent']:.2f} %"
         warn(f"warning: {path} records {recorded:.2f} %, {here}: other images?")
     if found.only_guesses:

@@ -14,7 +14,7 @@ import inspect
 import math
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +383,19 @@ def from_state(
             raise UserError(f"{source} is not {name}: {key} is {shapes}")
     load_weights(network, state_dict)
     return network
+
+
+def start_from(path: str | Path, name: str, network: nn.Module, classes: Sequence[str]) -> None:
+    """Put a checkpoint's weights into a fresh network; its last layer stays new where the file's classes differ."""
+    there, metadata = load(path, name)
+    *_, head = (key for key, module in network.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    same = metadata["classes"] == len(classes) and metadata.get("class_names", list(classes)) == list(classes)
+    state = {key: value for key, value in there.state_dict().items() if same or not key.startswith(f"{head}.")}
+    own = network.state_dict()
+    if odd := [key for key, value in state.items() if key not in own or own[key].shape != value.shape]:
+        what = f"its {name}, for {metadata['classes']} classes, has other layers than that for {len(classes)}"
+        raise UserError(f"--init-from {path}: {what} ({_some(odd)})")
+    load_weights(network, state)
 
 
 def strip_prefixes(state_dict: State) -> State:

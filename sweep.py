@@ -62,7 +62,9 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     for key, default in parser.defaults.items():
         if default is not None and getattr(args, key) is None:
             setattr(args, key, default)
-    args.common, _ = flags.train_parser().given(passed_on)
+    trainer = flags.train_parser()
+    trainer.others = list(parser.actions)
+    args.common, _ = trainer.given(passed_on)
     args.runs, args.space = Path(args.runs), args.space or HERE / "search_space.json"
     try:
         files.check_folder(args.runs, "--runs")

@@ -51,7 +51,7 @@ import model_factory
 from takd.distill import evaluation, methods
 from takd.distill.logit_table import choose_cache, features_cache
 from takd.distill.methods import Logits
-from takd.distill.teacher import Teacher, Teachers, members
+from takd.distill.teacher import Progress, Teacher, Teachers, members, no_progress
 from takd.errors import UserError
 from takd.files import Say
 from takd.images.augmentation import VIEWS
@@ -59,7 +59,7 @@ from takd.images.folder import folder_digest
 from takd.images.split import Batch, Split, Transform, class_order
 from takd.process import Stopped, StopSignals
 from takd.run import checkpoint, engine
-from takd.run.console import Console, setup_lines
+from takd.run.console import Console, defaults_line, setup_lines
 from takd.run.cuda_graph import WARM_UP, StepGraph
 from takd.run.distributed import World, join, part_of
 from takd.run.engine import TrainStep
@@ -86,6 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     stream = sys.stderr if config.json else sys.stdout
     console = Console(stream if world.is_rank_zero else open(os.devnull, "w"))
     summaries: list[dict[str, Any]] = []
+    if line := defaults_line(config):
+        console.say(line)
     try:
         with StopSignals() as signals:
             context = Context(world, console, signals)
@@ -133,7 +135,7 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
 
     def earlier():
         """The config and the summary of this run from an earlier start."""
-        return directory.check(config.identity()), directory.read(directory.summary_file)
+        return recorded_of(directory, config), directory.read(directory.summary_file)
 
     recorded, summary = world.broadcast(earlier)
     if summary:
@@ -146,7 +148,9 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
     for line in hardware_notes(config.device, precision, world.size, splits.train.image_size):
         console.say(line)
     if config.teacher:
-        teacher = world.rank_zero_first(lambda: load_teacher(config, splits, precision, cpu, console.say))
+        teacher = world.rank_zero_first(
+            lambda: load_teacher(config, splits, precision, cpu, console.say, console.progress)
+        )
     step = assemble(config, splits.train, teacher, precision, cpu)
     wants_table = teacher and (step.active_teacher or config.teacher_cache != "auto")
     for each, file in zip(members(teacher), config.teacher_checkpoints, strict=True) if wants_table else ():
@@ -205,10 +209,16 @@ def train_teacher_first(config: RunConfig, context: Context) -> RunConfig:
     return config.replace(ITS_OWN, teacher_checkpoint=files if last.teacher else files[0])
 
 
+def recorded_of(directory: RunDirectory, config: RunConfig) -> dict[str, Any] | None:
+    """The config of an earlier start of this run; a UserError if the folder holds another run."""
+    directory.check_length(config)
+    return directory.check(config)
+
+
 def check_folders(config: RunConfig, world: World) -> None:
     """A UserError if one of the run's folders, known where --run-dir is given, holds another run."""
     for each in config.repetitions() if config.run_dir else ():
-        world.broadcast(lambda each=each: RunDirectory(each.run_path).check(each.identity()))
+        world.broadcast(lambda each=each: recorded_of(RunDirectory(each.run_path), each))
 
 
 def with_digests(config: RunConfig) -> RunConfig:
@@ -218,6 +228,8 @@ def with_digests(config: RunConfig) -> RunConfig:
     if config.teacher:
         digests = [checkpoint.weights_digest(file) for file in config.teacher_checkpoints]
         config = config.replace(teacher_weights=digests if len(digests) > 1 else digests[0])
+    if config.init_from:
+        config = config.replace(init_weights=checkpoint.weights_digest(config.init_from))
     return config
 
 
@@ -260,14 +272,14 @@ def hardware_notes(device: str | None, precision: str, processes: int, image_siz
 
 # --------------------------------------------------------------------------- teacher, student, method, optimiser
 def load_teacher(
-    config: RunConfig, splits: data_loader.Splits, precision: str, cpu: Any, say: Say
+    config: RunConfig, splits: data_loader.Splits, precision: str, cpu: Any, say: Say, progress: Progress = no_progress
 ) -> Teacher | Teachers:
     """The run's frozen teachers, scored on the test images."""
     loaded = []
     for name, file in zip(config.teachers, config.teacher_checkpoints, strict=True):
         teacher, recorded_percent = load_frozen(config, name, file, splits.train, precision, cpu)
         teacher.label = f"{name}: " if len(config.teachers) > 1 else ""
-        teacher.score(splits.test, file, recorded_percent, say, bool(config.any_teacher))
+        teacher.score(splits.test, file, recorded_percent, say, bool(config.any_teacher), progress)
         loaded.append(teacher)
     return Teachers(loaded) if len(loaded) > 1 else loaded[0]
 
@@ -302,7 +314,7 @@ def load_frozen(
     teacher = Teacher(network, transform, train, precision, needs_features, cpu and cpu.pack)
     teacher.path = metadata.get("path", [name])
     same_data = metadata.get("dataset", config.dataset) == config.dataset
-    return teacher, metadata.get("test_accuracy_percent") if same_data else None
+    return teacher, metadata.get("test_accuracy_percent") if same_data and not config.test_images else None
 
 
 def assemble(
@@ -314,6 +326,8 @@ def assemble(
     student = model_factory.create(config.student, len(train.classes), train.image_size, pretrained(config))
     if config.initialisation:
         model_factory.INITIALISATIONS[config.initialisation](student)
+    if config.init_from:
+        model_factory.start_from(config.init_from, config.student, student, train.classes)
     check_smallest_batch(config, student, train)
     student.to(train.device, memory_format=torch.channels_last)
     if cpu:

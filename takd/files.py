@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import stat
+import subprocess
 import sys
 import time
 import traceback
@@ -20,6 +21,16 @@ from takd.errors import UserError
 
 Say = Callable[[str], None]  # prints a line for the user
 ROOT = Path(__file__).resolve().parents[1]  # the suite's folder, where its commands are
+
+
+def commit() -> str | None:
+    """The suite's commit, marked if files were changed since; None outside a clone."""
+    git: dict[str, Any] = {"cwd": ROOT, "capture_output": True, "text": True, "check": True}
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        found = subprocess.run(["git", "rev-parse", "HEAD"], **git).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **git).stdout
+        return found + (" (changed)" if changed else "")
+    return None
 
 
 # -------------------------------------------------------------------------------------------------- reading

@@ -197,7 +197,7 @@ def test_an_interrupted_run_continues(tmp_path, call, tiny):
     finally:
         signal.signal(signal.SIGTERM, before)
     outcome = call(train, *command, tmp_path / "stopped")
-    assert outcome.status == 0 and "continuing at epoch 1" in outcome.out
+    assert outcome.status == 0 and "continuing at epoch 2" in outcome.out
     assert same_weights(last_weights(tmp_path / "stopped"), last_weights(tmp_path / "whole"))
 
 

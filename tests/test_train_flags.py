@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ OTHER_FLAGS = {
     "--learning-rate-decay": "test_learning_rate_decay",
     "--schedule": "test_schedule_and_warmup_epochs",
     "--warmup-epochs": "test_schedule_and_warmup_epochs",
+    "--test-images": "test_test_images",
+    "--init-from": "test_init_from_starts_from_a_checkpoints_weights",
     "--nesterov": "test_nesterov",
     "--dataset": "test_dataset_and_dataset_dir",
     "--dataset-dir": "test_dataset_and_dataset_dir",
@@ -76,7 +79,8 @@ OTHER_FLAGS = {
 
 def test_every_flag_has_a_test():
     known = {text for action in flags.train_parser()._actions for text in action.option_strings} - {"-h", "--help"}
-    assert known == TRAINING_FLAGS.keys() | OTHER_FLAGS.keys()
+    others = {*flags.ALIASES, "--version"} - TRAINING_FLAGS.keys()  # tests/test_usage_errors.py, tests/test_flags.py
+    assert known - others == TRAINING_FLAGS.keys() | OTHER_FLAGS.keys()
     for name in OTHER_FLAGS.values():
         file, _, test = name.rpartition(": ")
         assert f"\ndef {test}(" in (Path(__file__).with_name(file) if file else Path(__file__)).read_text(), name
@@ -115,6 +119,57 @@ def test_schedule_and_warmup_epochs(tmp_path, call, tiny):
     assert rates == pytest.approx([0.01 / 3, 0.01, 0.005])
     other = call(train, *command)
     assert other.status == 2 and 'schedule "cosine" there, null now, warmup_epochs 1 there, null now' in other.err
+
+
+def test_test_images(tmp_path, call, tiny, teacher_file):
+    """As many of each class are scored, those of the teacher too, and the run says so."""
+    outcome = distil(call, tiny, teacher_file, tmp_path / "run", "--test-images", "100")
+    assert "1438 images to train, 100 to test" in outcome.out and " % on digits/test-100 (" in outcome.out
+    assert read_json(tmp_path / "run/config.json")["test_images"] == 100
+    percent = read_json(tmp_path / "run/summary.json")["last"]["test_accuracy_percent"]
+    assert percent == pytest.approx(round(percent))  # of 100 images
+    assert "there are 359 images to test" in call(train, *tiny, "--test-images", "360", "--run-dir", tmp_path / "x").err
+
+
+def test_init_from_starts_from_a_checkpoints_weights(tmp_path, call, tiny, teacher_file, photographs):
+    """The same classes: every weight. Other classes: a new last layer. Recorded by the weights, not by the path."""
+    still = (*tiny, "--learning-rate", "1e-30", "--weight-decay", "0", "--init-from", teacher_file)
+    assert call(train, *still, "--run-dir", tmp_path / "same").status == 0
+    given, same = checkpoint.read(teacher_file)["model_state_dict"], last_weights(tmp_path / "same")
+    weights = [key for key in given if "running" not in key and "tracked" not in key]
+    assert all(torch.equal(given[key], same[key]) for key in weights)
+    config = read_json(tmp_path / "same/config.json")
+    assert config["init_from"] == str(teacher_file) and config["init_weights"] == checkpoint.weights_digest(
+        teacher_file
+    )
+    other = call(train, *tiny, "--learning-rate", "1e-30", "--weight-decay", "0", "--run-dir", tmp_path / "same")
+    assert other.status == 2 and "init_weights" in other.err
+    folder = (
+        "--dataset",
+        "folder",
+        "--dataset-dir",
+        photographs,
+        "--image-size",
+        "32",
+        "--run-dir",
+        tmp_path / "three",
+    )
+    assert call(train, *still, *folder).status == 0
+    three = last_weights(tmp_path / "three")
+    assert [key for key in weights if three[key].shape != given[key].shape] == weights[-2:]
+    assert all(torch.equal(given[key], three[key]) for key in weights[:-2])
+
+
+def test_more_epochs_in_a_finished_runs_folder_are_refused_with_the_command(tmp_path, call, tiny):
+    folder = tmp_path / "run"
+    assert call(train, *tiny, "--run-dir", folder).status == 0
+    refused = call(train, *tiny, "--epochs", "2", "--run-dir", folder)
+    assert refused.status == 2 and refused.err.count("\n") == 1
+    command = shlex.split(refused.err.partition("from its weights: ")[2])
+    assert command[:2] == ["python3", "train.py"]
+    assert call(train, *command[2:]).status == 0
+    config = read_json(tmp_path / "run-2/config.json")
+    assert config["epochs"] == 2 and config["init_from"] == str(folder / "plane2_seed1_best.pth.tar")
 
 
 def test_nesterov(tmp_path, call, tiny):

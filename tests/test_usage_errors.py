@@ -235,7 +235,7 @@ def test_images_are_not_decoded_for_a_run_that_is_refused(tmp_path, call, tiny, 
 
 def test_divergence_is_one_line(tmp_path, call, tiny):
     outcome = call(train, *tiny, "--learning-rate", "1e30", "--run-dir", tmp_path / "run")
-    assert outcome.status == 1 and "no longer a number at epoch 0" in outcome.err and outcome.err.count("\n") == 1
+    assert outcome.status == 1 and "no longer a number at epoch 1" in outcome.err and outcome.err.count("\n") == 1
     assert not (tmp_path / "run/summary.json").exists()
 
 

@@ -13,11 +13,27 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import takd
 from takd import files
 from takd.config import methods, names, recipes
 from takd.errors import UserError
 
 DEFAULT_SEED = 1
+# Other spellings. The short ones are those of hankyul2's KnowledgeDistillation.
+ALIASES = {
+    "--model": "--student",
+    "-m": "--student",
+    "-t": "--teacher",
+    "-d": "--dataset",
+    "-k": "--method",
+    "-e": "--epochs",
+    "-b": "--batch-size",
+    "-l": "--learning-rate",
+    "--lr": "--learning-rate",
+    "-s": "--seed",
+    "-i": "--repeat",
+    "--mem": "--memory",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +47,8 @@ class Parser(argparse.ArgumentParser):
         look = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=look, allow_abbrev=False)
         self.group = self.add_argument_group("flags")
+        self.add_argument("--version", action=_Version, nargs=0, help="show the suite's version and exit")
+        self.others: list[str] = []  # settings of the parser that passes on what it does not know
         self.defaults: dict[str, Any] = {}
         self.actions: dict[str, argparse.Action] = {}
 
@@ -39,10 +57,12 @@ class Parser(argparse.ArgumentParser):
         self.group = self.add_argument_group(title)
 
     def flag(self, *spellings: str, default: Any = None, help: str, **options: Any) -> None:
+        """A flag of these spellings and their ALIASES; `options` are add_argument's."""
         if default is not None:
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             help = f"{help} (default: {shown})".replace("%", "%%")
-        action = self.group.add_argument(*spellings, default=None, help=help, **options)
+        aliases = [alias for alias, name in ALIASES.items() if name in spellings]
+        action = self.group.add_argument(*spellings, *aliases, default=None, help=help, **options)
         self.defaults[action.dest], self.actions[action.dest] = default, action
 
     def switch(self, spelling: str, help: str) -> None:
@@ -87,16 +107,40 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"arguments file {word[1:]}: {error}")
         return result
 
+    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+        found, unknown = self.parse_known_args(args, namespace)
+        flag = next((i for i, word in enumerate(unknown) if word.startswith("-")), None)
+        if self.files and flag is None:
+            setattr(found, self.files, [*unknown, *(getattr(found, self.files) or [])])
+        elif unknown := unknown[flag:]:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown)}")
+        return found
+
+    def _hint(self, unknown: list[str]) -> str:
+        """The flag nearest to the first unknown one."""
+        flag = next((word.split("=")[0] for word in unknown if word.startswith("-")), "")
+        return names.nearest(
+            flag, [*self._option_string_actions, *(f"--{key.replace('_', '-')}" for key in self.others)]
+        )
+
     def given(self, argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
         """({setting: value} of the flags that were given, {setting: 'command line' or 'arguments file'})."""
         values = {key: value for key, value in vars(self.parse_args(argv)).items() if value is not None}
-        words = {word.split("=")[0] for word in argv}
+        words = {word.split("=")[0] if word.startswith("--") else word[:2] for word in argv}
         direct = {action.dest for action in self._actions if words.intersection(action.option_strings)}
         return values, {key: "command line" if key in direct else "arguments file" for key in values}
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
+
+
+class _Version(argparse.Action):
+    """Prints the version and the commit; the latter only when it is asked for."""
+
+    def __call__(self, parser, *_):  # type: ignore[no-untyped-def, override]
+        print(f"{parser.prog} (TAKD) {takd.__version__}, commit {files.commit() or 'unknown'}")
+        parser.exit()
 
 
 def check_packages(program: str, *packages: str, file: str = "requirements.txt") -> None:
@@ -247,12 +291,14 @@ def train_parser(description: str = "") -> Parser:
     flag, switch, section = parser.flag, parser.switch, parser.section
     whole, positive = number(int, minimum=1), number(float, above=0)
     section("networks")
-    flag("--student", "--model", type=network, default="resnet8", metavar="NAME",
+    flag("--student", type=network, default="resnet8", metavar="NAME",
          help=f"network to train: {' '.join(names.NETWORKS)}, {names.MORE_NETWORKS}")
     flag("--teacher", nargs="+", action=OneOrMore, type=network, metavar="NAME",
          help="network to learn from, or several (default: none, labels only)")
     flag("--teacher-checkpoint", nargs="+", action=OneOrMore, metavar="FILE",
          help="each teacher's weights (default: they are trained first, each from those before it)")
+    flag("--init-from", metavar="FILE",
+         help="start from a checkpoint's weights; where the classes differ, with a new last layer")
     switch("--pretrained", "torchvision's weights except the last layer, or those that your own class loads, in the "
            "student or a teacher trained first")
     section("data")
@@ -263,6 +309,7 @@ def train_parser(description: str = "") -> Parser:
     flag("--image-size", type=number(int, minimum=8, maximum=1024), metavar="N",
          help="height and width of the networks' input (default: 32, for a folder 224)")
     flag("--train-images", type=whole, metavar="N", help="train on only N images, the same share of each class")
+    flag("--test-images", type=whole, metavar="N", help="test on only N images, the same share of each class")
     switch("--download", "download an absent data set (the default)")
     switch("--no-download", "never download a data set")
     flag("--validation-split", type=share_or_count, default=0.0, metavar="SHARE",
@@ -335,7 +382,7 @@ def slurm_flags(parser: Parser) -> None:
     flag("--account", metavar="NAME", help="to charge; options not given come from SBATCH_* variables or the site")
     flag("--gpu-type", metavar="TYPE[:N]", help="GPU of a job, such as h100")
     flag("--time", metavar="H:MM:SS", help="time limit of a job; one that reaches it saves, is requeued and continues")
-    flag("--memory", "--mem", metavar="SIZE", help="memory of a job, such as 8G")
+    flag("--memory", metavar="SIZE", help="memory of a job, such as 8G")
     flag("--cpus", type=number(int, minimum=1), metavar="N", help="cores of a job")
     flag("--modules", metavar="NAMES", help='modules to load in a job, such as "python/3.11" (or $TAKD_MODULES)')
     flag("--venv", metavar="DIR|FILE", help="environment to activate in a job, or a requirements file to make one from "

@@ -3,12 +3,14 @@
 import contextlib
 import difflib
 import functools
+import importlib.util
 import inspect
 import math
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from takd.errors import UserError
@@ -41,22 +43,31 @@ def network(name: str) -> str:
     if colon and prefix.endswith(".py"):
         import_class(name)
         return f"{os.path.normpath(prefix)}:{rest}"
-    spelling = re.sub(r"[\s_-]", "", str(name).lower())
+    spelling = re.sub(r"[\s_-]", "", re.sub(r"^resnet_32_", "resnet", str(name).lower()))  # hankyul2's, of 32x32 images
     for candidate in (spelling, re.sub(r"^(plain|cnn)(?=\d)", "plane", spelling)):
         if candidate in NETWORKS:
             return candidate
-    hint = nearest(candidate, NETWORKS)
+    widened = re.search(r"\dx\d", spelling)  # resnet8x4 is no resnet8
+    hint = _torchvision_hint(spelling) or ("" if widened else nearest(candidate, NETWORKS))
     raise UserError(f"unknown network '{name}'{hint}; networks: {' '.join(NETWORKS)}, {MORE_NETWORKS}")
+
+
+def _torchvision_hint(spelling: str) -> str:
+    with contextlib.suppress(UserError):
+        known = {name.replace("_", ""): name for name in torchvision_networks()}
+        return f" (did you mean torchvision:{known[spelling]}?)" if spelling in known else ""
+    return ""
 
 
 @functools.cache
 def torchvision_networks() -> list[str]:
-    """Names of torchvision's classifiers."""
-    try:
-        import torchvision.models
-    except ImportError:
-        raise UserError("torchvision is not installed; pip install -r requirements.txt") from None
-    return torchvision.models.list_models(module=torchvision.models)
+    """Names of torchvision's classifiers, as its source registers them: importing it takes seconds."""
+    found = importlib.util.find_spec("torchvision")
+    files = Path(found.origin).parent.glob("models/*.py") if found and found.origin else ()
+    text = "".join(file.read_text(encoding="utf-8") for file in files)
+    if names := re.findall(r"^@register_model\(\)\n(?:@.*\n)*def (\w+)\(", text, re.MULTILINE):
+        return sorted(names)
+    raise UserError("torchvision is not installed; pip install -r requirements.txt")
 
 
 def torchvision_name(network_name: str) -> str | None:
@@ -150,10 +161,12 @@ VIEWS = {"none": 1, "flip": 2, "crop-flip": 9 * 9 * 2, "crop-flip-reflect": 9 * 
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean ...?)' with the closest known word; ties go to the longest common prefix."""
+    """' (did you mean ...?)' with the closest known word; ties go to the longest common prefix. '' if none is close."""
 
     def likeness(name):
         return difflib.SequenceMatcher(None, word, name).ratio(), len(os.path.commonprefix([word, name]))
 
     close = max(known, key=likeness)
-    return f" (did you mean {close}?)" if likeness(close)[0] > 0.3 else ""
+    # Of a short word only its letters in another order: vid, nst and nkd are other methods, no misspellings of ours.
+    alike = likeness(close)[0] >= 0.75 if len(word) > 4 else sorted(word) == sorted(close)
+    return f" (did you mean {close}?)" if alike else ""

@@ -73,8 +73,14 @@ def recipe(name: str, network: str) -> Recipe:
 
 
 def milestone_epochs(recipe: Recipe, epochs: int) -> list[int]:
-    """Epochs, counted from 0, from which the rate is lower: (1/2, 3/4) of 160 is [80, 120]; a run of 1 never decays."""
-    return [(math.floor if recipe.round_down else math.ceil)(fraction * epochs) for fraction in recipe.milestones]
+    """Epochs, counted from 0, from which the rate is lower: (1/2, 3/4) of 160 is [80, 120], of 2 [1], of 1 []."""
+    rounded = math.floor if recipe.round_down else math.ceil
+    return reached(sorted({rounded(fraction * epochs) for fraction in recipe.milestones}), epochs)
+
+
+def reached(milestones: Sequence[int], epochs: int) -> list[int]:
+    """The milestones that a run of so many epochs comes to: the others make no difference."""
+    return [milestone for milestone in milestones if milestone < epochs]
 
 
 def learning_rate_at(

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,15 +25,16 @@ NEED_TEACHER = (
 OPTION_FLAGS = ("temperature", "lambda")  # method options that have flags of their own
 LEARNING = ("method", "method_option", *OPTION_FLAGS)
 PASSED_TO_TEACHER = (
-    "dataset", "dataset_dir", "download", "image_size", "train_images", "validation_split", "augment", "workers",
-    "recipe", "epochs", "batch_size", "cuda", "precision", "save_minutes",
+    "dataset", "dataset_dir", "download", "image_size", "train_images", "test_images", "validation_split", "augment",
+    "workers", "recipe", "epochs", "batch_size", "cuda", "precision", "save_minutes",
 )
 # These change where or how fast a run is made, not its outcome: it may continue with other values.
 INCIDENTAL = (
-    "teacher_checkpoint", "teacher_cache", "any_teacher", "dataset_dir", "download", "workers", "cuda", "cuda_graph",
+    "teacher_checkpoint", "teacher_cache", "any_teacher", "init_from", "dataset_dir", "download", "workers", "cuda",
+    "cuda_graph",
     "run_dir", "save_minutes", "json",
 )
-DIGESTS = ("images", "teacher_weights")  # known only when the files are read
+DIGESTS = {"images": "dataset_dir", "teacher_weights": "teacher", "init_weights": "init_from"}  # of what files hold
 MEASURED = ("dataset", "image_size", "batch_size", "precision", "cuda", "cuda_graph")  # what --measure depends on
 UNRECORDED = ("device", "repeat", "measure", "learning", "origins")  # config.json has origins separately
 DERIVED = ("recipe", "default of", "data set", "resolved", "its")  # beginnings of the origins of values not given
@@ -61,6 +63,7 @@ class RunConfig:
     initialisation: str | None = None
     image_size: int | None = None  # None: the data set's usual one
     train_images: int | None = None
+    test_images: int | None = None
     pretrained: bool | None = None
     schedule: str | None = None  # "cosine"; None: steps, at the milestones
     warmup_epochs: int | None = None
@@ -77,10 +80,12 @@ class RunConfig:
     # Digests of the files that the outcome depends on, known when they are read:
     images: str | None = None  # of --dataset folder
     teacher_weights: str | list[str] | None = None
+    init_weights: str | None = None  # of the student before its first step
     # INCIDENTAL:
     teacher_checkpoint: str | list[str] | None = None
     teacher_cache: str | None = None
     any_teacher: bool | None = None
+    init_from: str | None = None
     dataset_dir: str | None = None
     download: bool | None = None
     workers: int | None = None
@@ -157,6 +162,10 @@ class RunConfig:
         if self.run_dir:
             runs = [dataclasses.replace(run, run_dir=str(Path(self.run_dir) / f"seed{run.seed}")) for run in runs]
         return runs
+
+    def command(self, run_dir: str) -> str:
+        """What a user types to make the run in another folder."""
+        return shlex.join(["python3", "train.py", *command(self.record(), self.origins), "--run-dir", run_dir])
 
     # ------------------------------------------------------------------------------------------- names of files
     @property
@@ -282,6 +291,8 @@ def _check_combinations(given: Mapping[str, Any], origins: Mapping[str, str]) ->
         if not any(map(names.has_pretrained, networks)):
             known = "a network of torchvision's to train (resnet50, torchvision:NAME), or a class with `pretrained`"
             raise UserError(f"--pretrained needs {known}, not {' or '.join(networks)}")
+        if "init_from" in given and names.torchvision_name(given.get("student", "resnet8")):
+            raise UserError("--pretrained and --init-from both give the student's first weights; leave one out")
     augment, cache = given.get("augment", "auto"), given.get("teacher_cache", "auto")
     random = names.VIEWS.get(augment, 1) is None
     if "workers" in given and not random:

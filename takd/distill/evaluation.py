@@ -84,11 +84,16 @@ def input_dtype(precision: str) -> torch.dtype:
 
 @torch.inference_mode()
 def predict(
-    network: nn.Module, split: Split, transform: Transform | None = None, precision: str = "fp32", batch_size: int = 500
+    network: nn.Module,
+    split: Split,
+    transform: Transform | None = None,
+    precision: str = "fp32",
+    batch_size: int = 500,
+    advance: Callable[[int], object] = lambda images: None,
 ) -> torch.Tensor:
     """float32 (N, C): the logits of a whole split in its order, the network in evaluation mode.
 
-    `transform` is the network's own where it differs from the split's.
+    `transform` is the network's own where it differs from the split's. `advance` is told the images of each batch.
     """
     network.eval()
     transform = transform or split.transform
@@ -98,6 +103,7 @@ def predict(
     for images, _ in evaluation_batches(split, batch_size):
         with autocast(images.device, precision):
             logits.append(network(transform(images)).float())
+        advance(len(images))
     return torch.cat(logits)
 
 

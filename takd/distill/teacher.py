@@ -1,6 +1,7 @@
 """A frozen teacher: evaluation mode, no gradients, batch norm folded into the convolutions, scored before it
 teaches."""
 
+import contextlib
 import copy
 import json
 import os
@@ -20,7 +21,12 @@ from takd.files import Say, digest, save_json
 from takd.images.augmentation import VIEWS
 from takd.images.split import Batch, Split, Transform, generator
 
+Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], object]]]
 Rewrite = Callable[[nn.Module, torch.dtype], None]  # of a network, in place, into a faster one of the same function
+
+
+def no_progress(title: str, images: int) -> contextlib.AbstractContextManager[Callable[[int], object]]:
+    return contextlib.nullcontext(lambda images: None)
 
 
 class Teacher:
@@ -101,17 +107,25 @@ class Teacher:
         return digest(self.weights_digest, split.digest(), list(mean), list(std), *resized, *more)[:16]
 
     def score(
-        self, split: Split, checkpoint: str, recorded_percent: float | None, say: Say, any_teacher: bool = False
+        self,
+        split: Split,
+        checkpoint: str,
+        recorded_percent: float | None,
+        say: Say,
+        any_teacher: bool = False,
+        progress: Progress = no_progress,
     ) -> float:
         """Accuracy in percent on a split, computed once: `keep_score` keeps it beside the checkpoint.
 
         Unless `any_teacher`, one no better than guessing, as one with wrongly loaded weights is, is refused.
+        `progress(title, images)` gives a function that is told the images of each batch.
         """
         file = _cache_folder(checkpoint) / f"score-{self.binding(split)}.json"
         try:
             accuracy = float(json.loads(file.read_text())["accuracy_percent"])
         except (OSError, ValueError, KeyError, TypeError):
-            logits = evaluation.predict(self.exact, split, self.transform)
+            with progress("teacher, test", len(split)) as advance:
+                logits = evaluation.predict(self.exact, split, self.transform, advance=advance)
             accuracy = evaluation.score(logits, split.labels)["accuracy_percent"]
         chance = evaluation.chance_percent(split.labels)
         if not accuracy > chance and not any_teacher:

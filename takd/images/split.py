@@ -170,11 +170,11 @@ def hold_out(train: Split, amount: float) -> tuple[Split, Split]:
     return kept, train.subset(chosen[:count].sort().values, f"{prefix}/validation-{count}")
 
 
-def fewer(train: Split, count: int) -> Split:
-    """`count` of the training images, the same share of each class, the same ones whatever the seed."""
-    if count > len(train):
-        raise UserError(f"--train-images {count}: there are {len(train)} images to train on")
-    return train.subset(_stratified_order(train)[:count].sort().values, f"{train.name.split('/')[0]}/train-{count}")
+def fewer(split: Split, count: int, part: str = "train") -> Split:
+    """`count` images of the part "train" or "test", the same share of each class, the same ones whatever the seed."""
+    if count > len(split):
+        raise UserError(f"--{part}-images {count}: there are {len(split)} images to {part}{' on' * (part == 'train')}")
+    return split.subset(_stratified_order(split)[:count].sort().values, f"{split.name.split('/')[0]}/{part}-{count}")
 
 
 def _stratified_order(train):

@@ -1,4 +1,4 @@
-"""Console output: setup lines, one row per epoch, and progress within an epoch."""
+"""Console output: setup lines, one row per epoch, and progress in between. Epochs are counted from 1 here."""
 
 import contextlib
 import sys
@@ -12,7 +12,7 @@ _RECORDED_APART = ("loss", "accuracy_percent", "images_per_second", "seconds")  
 
 
 class Console:
-    """Shows an epoch's steps as a bar on a terminal, elsewhere as one plain line per minute."""
+    """Shows how far training and evaluation are as a bar on a terminal, elsewhere as one plain line per minute."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
@@ -30,35 +30,44 @@ class Console:
         self.say("  ".join(f"{text:>{_width(name)}}" for name, text in cells.items()))
 
     @contextlib.contextmanager
-    def progress(self, epoch: int, steps: int, done: int, batch_size: int) -> Iterator[Callable[[], object]]:
-        """A function to call after each step."""
+    def progress(self, title: str, images: int, done: int = 0) -> Iterator[Callable[[int], object]]:
+        """A function to call with the number of images that were done since."""
         if self.stream.isatty():
             from tqdm import tqdm
 
-            total, initial, title = steps * batch_size, done * batch_size, f"epoch {epoch}"
-            with tqdm(total=total, initial=initial, desc=title, unit=" img", leave=False, file=self.stream) as bar:
-                yield lambda: bar.update(batch_size)
+            with tqdm(total=images, initial=done, desc=title, unit=" img", leave=False, file=self.stream) as bar:
+                yield bar.update
         else:
-            yield _MinuteLines(self.say, epoch, steps, done)
+            yield _MinuteLines(self.say, title, images, done)
 
 
 class _MinuteLines:
-    def __init__(self, say: Callable[[str], None], epoch: int, steps: int, done: int) -> None:
-        self.say, self.epoch, self.steps, self.done = say, epoch, steps, done
+    def __init__(self, say: Callable[[str], None], title: str, images: int, done: int) -> None:
+        self.say, self.title, self.images, self.done = say, title, images, done
         self.next = time.monotonic() + 60
 
-    def __call__(self) -> None:
-        self.done += 1
+    def __call__(self, images: int) -> None:
+        self.done += images
         if time.monotonic() > self.next:
             self.next = time.monotonic() + 60
-            self.say(f"epoch {self.epoch}: step {self.done} of {self.steps}")
+            self.say(f"{self.title}: {self.done:,} of {self.images:,} images")
+
+
+def defaults_line(config: RunConfig) -> str | None:
+    """What a command without --student or --dataset takes; None where both are given."""
+    taken = [key for key in ("student", "dataset") if config.origins[key] == "default"]
+    if not taken:
+        return None
+    what = " and ".join(f"--{key} {getattr(config, key)}" for key in taken)
+    return f"defaults  {what}, as in the released code; recipe {config.recipe}, {counted(config.epochs, 'epoch')}"
 
 
 def setup_lines(config: RunConfig, hardware: str, student: Any) -> Iterator[str]:
     """The first lines of a run: device, student, method and recipe."""
     yield f"device    {hardware}"
     parameters = sum(parameter.numel() for parameter in student.parameters())
-    yield f"student   {config.student}, {parameters:,} parameters"
+    source = f", from {config.init_from}" if config.init_from else ""
+    yield f"student   {config.student}, {parameters:,} parameters{source}"
     if config.teacher:
         options = ", ".join(f"{key} {value}" for key, value in (config.method_options or {}).items())
         source = (
@@ -67,13 +76,13 @@ def setup_lines(config: RunConfig, hardware: str, student: Any) -> Iterator[str]
             else ", labels only: the teacher is unused"
         )
         yield f"method    {config.method}{source}{f' ({options})' * bool(options)}"
-    milestones = " ".join(map(str, config.milestones))
-    decay = f" x{config.learning_rate_decay:g} at {milestones}" if milestones else ""
+    milestones = ", ".join(map(str, config.milestones))
+    decay = f" x{config.learning_rate_decay:g} after epoch {milestones}" if milestones else ""
     decay += f" to 0 along a {config.schedule}" if config.schedule else ""
     decay += f" after a warm-up of {config.warmup_epochs}" if config.warmup_epochs else ""
     smoothing = f"label smoothing {config.label_smoothing:g}, " if config.label_smoothing else ""
     yield (
-        f"recipe    {config.recipe}: {config.epochs} epochs, batch size {config.batch_size}, learning rate "
+        f"recipe    {config.recipe}: {counted(config.epochs, 'epoch')}, batch size {config.batch_size}, learning rate "
         f"{config.learning_rate:g}{decay}, momentum {config.momentum:g}{' (Nesterov)' * config.nesterov}, "
         f"weight decay {config.weight_decay:g}, {smoothing}augmentation {config.augment}, seed {config.seed}"
     )
@@ -82,8 +91,8 @@ def setup_lines(config: RunConfig, hardware: str, student: Any) -> Iterator[str]
 def _cells(record: dict[str, Any], epochs: int, seconds_left: float) -> dict[str, str]:
     parts = [key for key in record if key.startswith("train_") and key.removeprefix("train_") not in _RECORDED_APART]
     cells = {
-        "epoch": f"{record['epoch']}/{epochs - 1}",
-        "lr": f"{record['learning_rate']:g}",
+        "epoch": f"{record['epoch'] + 1}/{epochs}",
+        "lr": f"{record['learning_rate']:.4g}",
         "loss": f"{record['train_loss']:.4f}",
     }
     cells |= {key.removeprefix("train_"): f"{record[key]:.4f}" for key in parts}
@@ -97,6 +106,11 @@ def _cells(record: dict[str, Any], epochs: int, seconds_left: float) -> dict[str
 
 def _width(name: str) -> int:
     return max(len(name), 7)
+
+
+def counted(number: int, what: str) -> str:
+    """1 epoch, 2 epochs."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def duration(seconds: float) -> str:

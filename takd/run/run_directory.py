@@ -16,14 +16,14 @@ import contextlib
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from takd import files
-from takd.config.run_config import DIGESTS, settings_of
+from takd.config import recipes
+from takd.config.run_config import DIGESTS, RunConfig, settings_of
 from takd.errors import UserError
 
 Record = dict[str, Any]
@@ -50,7 +50,7 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be read ({error}); restore it, or give another --run-dir") from None
 
-    def check(self, identity: Mapping[str, Any]) -> Record | None:
+    def check(self, config: RunConfig) -> Record | None:
         """The recorded config of an earlier start of the same run, or None; another configuration is a UserError."""
         recorded = self.read(self.config_file)
         if recorded is None:
@@ -58,10 +58,34 @@ class RunDirectory:
                 if not (self.path / "teacher").is_dir():
                     raise UserError(f"{self.path} holds files but no run; give a new or empty folder with --run-dir")
             return None
-        there = {key: value for key, value in settings_of(recorded).items() if key in identity or key not in DIGESTS}
-        if changes := differences(there, identity):
+        if changes := differences(*self._compared(recorded, config)):
             raise UserError(f"{self.path} holds another run ({changes}); give another --run-dir or delete that folder")
         return recorded
+
+    def check_length(self, config: RunConfig) -> None:
+        """A UserError with the command to use, where this is a finished run of fewer epochs and otherwise the same."""
+        recorded, summary = self.read(self.config_file), self.read(self.summary_file)
+        if not recorded or not summary:
+            return
+        there, now = self._compared(recorded, config)
+        differ = {key for key in there | now if there.get(key) != now.get(key)}
+        if differ <= {"epochs", "milestones"} and there["epochs"] < now["epochs"]:
+            what = f"{self.path} is finished, and its learning rate was scheduled for its {there['epochs']} epochs"
+            epochs = now["epochs"]
+            command = f"{config.command(f'{self.path}-{epochs}')} --init-from {summary['checkpoint']}"
+            raise UserError(f"{what}; another run can start from its weights: {command}")
+
+    @staticmethod
+    def _compared(recorded: Record, config: RunConfig) -> tuple[Record, Record]:
+        """(recorded settings, present ones), without milestones that neither run comes to, which earlier versions
+        recorded, and without digests of files that were not read yet for `config`."""
+        later = [key for key, file in DIGESTS.items() if getattr(config, file) and getattr(config, key) is None]
+        there, now = (
+            {key: value for key, value in settings.items() if key not in later}
+            | {"milestones": recipes.reached(settings.get("milestones", []), settings.get("epochs", 0))}
+            for settings in (settings_of(recorded), config.identity())
+        )
+        return there, now
 
     def claim(self, wait: bool = False, say: Callable[[str], None] = lambda line: None) -> AbstractContextManager[int]:
         """A lock on the folder for as long as the context lasts."""
@@ -151,7 +175,7 @@ def environment(device: Any) -> Record:
         "host": platform.node(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": files.commit(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
 
@@ -162,15 +186,3 @@ def processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """This suite's commit, marked if files were changed since; None outside a clone."""
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        git = ["git", "-C", str(files.ROOT)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout
-        return commit + (" (changed)" if changed else "")
-    return None

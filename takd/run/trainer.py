@@ -59,7 +59,7 @@ class Trainer:
         """Continue an earlier start, whose config is `recorded` (None for a new run), and record this one."""
         if recorded and self.directory.last_file.is_file():
             self._restore()
-        where = f" (continuing at epoch {self.epoch}, step {self.steps_done})" if recorded else ""
+        where = f" (continuing at {self.position})" if recorded else ""
         self.console.say(f"run       {self.directory.path}{where}")
         here = environment(self.step.split.device) | {"precision": self.step.precision} | extra_environment
         before = {"processes": 1} | recorded["environment"] if recorded else here
@@ -70,6 +70,11 @@ class Trainer:
         if self.world.is_rank_zero:
             more = {"origins": self.config.origins, "path": self.path, "argv": sys.argv, "environment": here}
             self.directory.start(self.config.record() | more, self.epoch)
+
+    @property
+    def position(self) -> str:
+        """The next step, for people, who count epochs from 1."""
+        return f"epoch {self.epoch + 1}, step {self.steps_done}"
 
     def remaining_epochs(self) -> Iterator[int]:
         """The epochs still to be trained, the first perhaps from its middle on."""
@@ -92,9 +97,9 @@ class Trainer:
                 table.expect(plan.order[rows], plan.views[rows])
         workers = usual_workers() if config.workers is None else config.workers
         epoch_batches = batches(train, config.augment, plan, [part.rows for part in parts], workers)
-        steps, self._saved = self.steps_done + len(parts), time.monotonic()
+        self._saved, done = time.monotonic(), min(self.steps_done * config.batch_size, len(train))
         with (
-            self.console.progress(epoch, steps, self.steps_done, config.batch_size) as advance,
+            self.console.progress(f"epoch {epoch + 1}/{config.epochs}", len(train), done) as advance,
             self.signals.deferred(),
         ):
             started = time.perf_counter()
@@ -103,7 +108,7 @@ class Trainer:
                 names, row = self.take_step(batch, part)
                 self.sums.add(names, row, part.images)
                 self.steps_done += 1
-                advance()
+                advance(part.images)
                 if self._save_or_stop():
                     break
             if train.device.type == "cuda":
@@ -128,7 +133,7 @@ class Trainer:
         return decision > SAVE
 
     def _stop(self, number: int) -> NoReturn:
-        self.console.say(f"stopped at epoch {self.epoch}, step {self.steps_done}; the same command continues")
+        self.console.say(f"stopped at {self.position}; the same command continues")
         raise Stopped(number)
 
     def evaluate(self, epoch: int) -> Record:
@@ -139,11 +144,15 @@ class Trainer:
             for name in ("validation", "test"):
                 split: Split | None = getattr(self.splits, name)
                 if split is not None:
-                    result = evaluation.score(evaluation.predict(self.step.student, split), split.labels)
+                    with self.console.progress(
+                        f"epoch {epoch + 1}/{self.config.epochs}, {name}", len(split)
+                    ) as advance:
+                        logits = evaluation.predict(self.step.student, split, advance=advance)
+                    result = evaluation.score(logits, split.labels)
                     record |= {f"{name}_loss": result["loss"], f"{name}_accuracy_percent": result["accuracy_percent"]}
         except Diverged as error:
             advice = f"a lower --learning-rate (now {rate:g}) usually helps"
-            raise Diverged(f"the loss is no longer a number at epoch {epoch}, {error}; {advice}") from None
+            raise Diverged(f"the loss is no longer a number at epoch {epoch + 1}, {error}; {advice}") from None
         except Stopped as stop:
             self.save_state()
             self._stop(stop.number)
@@ -273,5 +282,5 @@ def outcome_line(summary: Record) -> str:
     selected = f", selected on {best['split']}" if best["split"] != "test" else ""
     highest, final = best["test_accuracy_percent"], last["test_accuracy_percent"]
     split = summary.get("test_split", "test")
-    outcome = f"{split} {highest:.2f} % at its best epoch ({best['epoch']}{selected}), {final:.2f} % at its last"
+    outcome = f"{split} {highest:.2f} % at its best epoch ({best['epoch'] + 1}{selected}), {final:.2f} % at its last"
     return f"{' > '.join(summary['path'])} on {summary['dataset']}: {outcome}"

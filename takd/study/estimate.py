@@ -27,13 +27,15 @@ def measured_cost(line: Mapping[str, Any], config: RunConfig) -> Cost:
     data = names.DATASETS[config.dataset]
     assert data.train_images and data.test_images
     training = (config.train_images or data.train_images) / line["train_images_per_second"]
-    return Cost(training + data.test_images / line["evaluation_images_per_second"], line["parameters"])
+    evaluation = (config.test_images or data.test_images) / line["evaluation_images_per_second"]
+    return Cost(training + evaluation, line["parameters"])
 
 
 def earlier_costs(folders: Iterable[str | Path], config: RunConfig, device: str) -> dict[str, Cost]:
     """{network: Cost} from finished runs on the same data set, batch size, machine and kind of device."""
     found: dict[str, list[Cost]] = {}
-    comparable = {key: config.record().get(key) for key in ("dataset", "batch_size", "image_size", "train_images")}
+    keys = ("dataset", "batch_size", "image_size", "train_images", "test_images")
+    comparable = {key: config.record().get(key) for key in keys}
     for file in itertools.chain.from_iterable(
         Path(folder).glob(depth) for folder in folders for depth in ("*/", "*/*/")
     ):

@@ -27,7 +27,7 @@ FAMILIES = {
     "resnet": ("resnet110", "resnet56", "resnet32", "resnet20", "resnet8"),
 }
 # What the plan sets.
-OWNED = ("student", "teacher", "teacher_checkpoint", "seed", "repeat", "run_dir", "json", "measure")
+OWNED = ("student", "teacher", "teacher_checkpoint", "seed", "repeat", "run_dir", "json", "measure", "init_from")
 STUDY_FILE = "study.json"  # what was planned in a folder, so that a report knows what is still to come
 
 
@@ -233,7 +233,7 @@ class Training:
         """Its configuration. Ends with a usage error, or a UserError where its folder holds another run."""
         config = run_config.parse(self.arguments, elsewhere=elsewhere)
         try:
-            self.run.check(config.identity())
+            self.run.check(config)
         except UserError as error:
             raise UserError(str(error).replace("--run-dir", "--runs")) from None
         return config

@@ -14,7 +14,7 @@ from takd.config.run_config import RunConfig
 from takd.errors import UserError
 
 INCIDENTAL = {
-    *("teacher_checkpoint", "teacher_cache", "any_teacher", "dataset_dir", "download", "workers", "cuda"),
+    *("teacher_checkpoint", "teacher_cache", "any_teacher", "init_from", "dataset_dir", "download", "workers", "cuda"),
     *("cuda_graph", "run_dir", "save_minutes", "json"),
 }
 UNRECORDED = {"device", "repeat", "measure", "learning", "origins"}
@@ -90,7 +90,7 @@ TAUGHT = {"teacher": "plane2", "teacher_weights": "66958a4ae1568862215694ff49631
 TAUGHT_BY = "--teacher plane2 --teacher-checkpoint plane2.pth.tar"
 # Of an earlier version of the suite: a run that it began must be found again, and continued.
 NAMED = {
-    "--student plane2 --dataset digits --epochs 3": ("digits-plane2-seed1-134117", {"epochs": 3, "milestones": [2, 3]}),
+    "--student plane2 --dataset digits --epochs 3": ("digits-plane2-seed1-1b3d1a", {"epochs": 3, "milestones": [2]}),
     "": (
         "cifar100-resnet8-seed1-53e077",
         {"student": "resnet8", "dataset": "cifar100", "learning_rate": 0.1, "augment": "crop-flip"},

@@ -446,7 +446,7 @@ def test_a_methods_parameters_and_buffers_continue_bit_for_bit(name, tmp_path, d
     stopped = checkpoint.read(tmp_path / "run/last.pth.tar")
     assert stopped["epoch"] == 1 and 0 < stopped["step"] < 23
     outcome = distil(tmp_path / "run", name, *flags)
-    assert outcome.status == 0 and "continuing at epoch 1" in outcome.out
+    assert outcome.status == 0 and "continuing at epoch 2" in outcome.out
     continued, whole = (checkpoint.read(tmp_path / each / "last.pth.tar") for each in ("run", "whole"))
     for key in ("model_state_dict", "method_state_dict"):
         assert same_weights(continued[key], whole[key])

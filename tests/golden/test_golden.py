@@ -44,7 +44,7 @@ def test_a_run_half_trained_by_an_earlier_version_continues(tmp_path, run_comman
     command += " --cuda 0 --precision fp32"
     shutil.copy(golden.HERE / "plane2.pth.tar", tmp_path)
     outcome = run_command("train.py", *command.split(), cwd=tmp_path, CC="none")
-    assert outcome.status == 0 and "(continuing at epoch 1, step 9)" in outcome.out, outcome
+    assert outcome.status == 0 and "(continuing at epoch 2, step 9)" in outcome.out, outcome
     records = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert records[0] == json.loads((left / "metrics.jsonl").read_text())
     assert [line["epoch"] for line in records] == [0, 1, 2, 3]

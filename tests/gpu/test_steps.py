@@ -175,7 +175,7 @@ def test_stopped_inside_an_epoch_and_continued(left, run, cuda, monkeypatch, tmp
     assert len(done) == stop_at
     monkeypatch.setattr(TrainStep, "__call__", lambda *step: (seen.append(step), take_step(*step))[1])
     out = run("stopped", *flags)
-    assert f"continuing at epoch 1, step {stop_at - steps}" in out
+    assert f"continuing at epoch 2, step {stop_at - steps}" in out
     assert_captured(out, cuda)
     # Of at least 12 steps: three of warm-up, one captured, one compared with its replay, and the short last ones.
     assert not cuda or len(seen) <= 8

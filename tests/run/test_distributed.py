@@ -203,7 +203,7 @@ def test_a_signal_saves_and_the_same_command_continues(number, tmp_path, call, u
     assert not (run / "summary.json").exists()
     status, out, err = group(*command, "--run-dir", run)
     assert status == 0, err
-    assert f"continuing at epoch {stopped['epoch']}, step {stopped['step']}" in out and "note: " not in out
+    assert f"continuing at epoch {stopped['epoch'] + 1}, step {stopped['step']}" in out and "note: " not in out
     assert call(train, *command, "--run-dir", alone).status == 0
     assert_same_losses(run, alone, tolerance=1e-2)  # after many steps rounding is no longer small
 
