@@ -35,8 +35,8 @@ from takd.errors import UserError
 def build_parser() -> flags.Parser:
     parser = flags.Parser(__doc__)
     flag, switch = parser.flag, parser.switch
-    parser.group.add_argument("checkpoint", nargs="*", action="extend", metavar="FILE", help="checkpoints to score")
-    flag("--checkpoint", nargs="+", action="extend", metavar="FILE", help="the same as FILE")
+    parser.files, parser.usage = "checkpoint", "%(prog)s FILE [FILE ...] [flags]"
+    flag("--checkpoint", nargs="+", metavar="FILE", help="files to score, with or without this flag")
     flag("--model", type=flags.network, metavar="NAME", help="the network in the files, if they do not name it")
     flag("--dataset", type=flags.dataset, metavar="NAME", help=f"{' '.join(names.DATASETS)} (default: the file's own)")
     flag("--dataset-dir", default="./data", metavar="DIR", help="where the data set is, or is downloaded to")

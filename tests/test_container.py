@@ -1,7 +1,11 @@
 """The Dockerfile: it is not built here, but the files it copies exist and it installs what `make` does."""
 
 import json
+import os
+import subprocess
+import sys
 
+import pytest
 from conftest import ROOT
 
 
@@ -16,3 +20,20 @@ def test_the_dockerfile_copies_what_exists_and_installs_what_make_installs():
     assert (ROOT / json.loads(dict(steps)["CMD"])[0]).is_file()
     ignored = {line.split("#")[0].strip() for line in (ROOT / ".dockerignore").read_text().splitlines()}
     assert {".git", ".venv", "runs"} <= ignored and not {"*.py", "*.c", "takd", "takd/cpu"} & ignored
+
+
+@pytest.mark.parametrize("goal", ["demo", "test", "lint"])
+def test_make_installs_nothing_where_everything_is_there(goal):
+    planned = subprocess.run(["make", "-n", goal, f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
+    assert planned.returncode == 0 and planned.stdout.startswith(sys.executable) and "pip" not in planned.stdout
+
+
+def test_make_without_torch_makes_an_environment_and_with_torch_alone_names_what_is_missing(tmp_path):
+    """-S: a Python without any packages; PYTHONPATH gives it one."""
+    command = ["make", "-n", "demo", f"PYTHON={sys.executable} -S"]
+    bare = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert bare.returncode == 0 and "-m venv .venv" in bare.stdout
+    (tmp_path / "torch.py").touch()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    partial = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert partial.returncode and "has torch but not torchvision numpy" in partial.stderr and not partial.stdout

@@ -49,6 +49,7 @@ class Parser(argparse.ArgumentParser):
         self.group = self.add_argument_group("flags")
         self.add_argument("--version", action=_Version, nargs=0, help="show the suite's version and exit")
         self.others: list[str] = []  # settings of the parser that passes on what it does not know
+        self.files = ""  # the setting that words without a flag are, wherever they stand
         self.defaults: dict[str, Any] = {}
         self.actions: dict[str, argparse.Action] = {}
 
@@ -117,8 +118,8 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def _hint(self, unknown: list[str]) -> str:
-        """The flag nearest to the first unknown one."""
-        flag = next((word.split("=")[0] for word in unknown if word.startswith("-")), "")
+        """The flag nearest to the unknown one."""
+        flag = unknown[0].split("=")[0]
         return names.nearest(
             flag, [*self._option_string_actions, *(f"--{key.replace('_', '-')}" for key in self.others)]
         )

@@ -79,6 +79,7 @@ def changed_settings(config: Mapping[str, Any], used: Mapping[str, Any]) -> list
     if not names.DATASETS[config["dataset"]].flips:
         usual["augment"] = "none"
     shown = {**used} | {"precision": config.get("precision", "auto")}
+    shown["milestones"] = recipes.reached(config["milestones"], config["epochs"])
     hidden = (*APART, "method_file", "without_effect")
     changed = {key: value for key, value in shown.items() if key not in hidden and value != usual.get(key)}
     return [setting_text(key, value) for key, value in changed.items() if value or usual.get(key)]
