@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT, read_json
 
-COMMANDS = ("train.py", "evaluate.py", "distill_paths.py", "sweep.py", "report.py", "data_loader.py")
+COMMANDS = ("train.py", "evaluate.py", "distill_paths.py", "sweep.py", "report.py", "export.py", "data_loader.py")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -30,8 +30,7 @@ def without_reader(*command):
 
 
 @pytest.mark.parametrize(
-    "command",
-    ["report.py results/recipes.jsonl --table", "distill_paths.py --family plane --dataset digits --slurm --dry-run"],
+    "command", ["train.py --help-methods", "distill_paths.py --family plane --dataset digits --slurm --dry-run"]
 )
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_that_nobody_reads_is_discarded(command, unbuffered, monkeypatch):
