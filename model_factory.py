@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -25,7 +26,8 @@ from torch.nn import functional as F
 from takd.config import names
 from takd.distill.methods import Features
 from takd.errors import UserError
-from takd.files import import_class
+from takd.files import import_class, misfit
+from takd.process import killable
 from takd.run import checkpoint
 from takd.run.checkpoint import load_weights
 
@@ -326,7 +328,8 @@ def _pretrained_state(name):
     try:
         if file.is_file():
             checkpoint.weights_of(checkpoint.read(file), file)  # executes nothing
-        return torchvision.models.get_model(name, weights=weights, progress=False).state_dict()
+        with killable():
+            return torchvision.models.get_model(name, weights=weights, progress=False).state_dict()
     except OSError as error:
         reason, fix = getattr(error, "reason", error), f"fetch {weights.url} and put it at {file}"
         raise UserError(f"--pretrained: no weights of {name} and no download ({reason}); {fix}") from None
@@ -365,9 +368,14 @@ def from_state(
     if re.fullmatch(r"resnet\d+a", name):  # its name in most option-A files
         state_dict = {re.sub(r"^linear\.", "fc.", key): value for key, value in state_dict.items()}
     classes = classes_of(state_dict, name, classes)
-    if classes is None:
+    if classes is None or classes > checkpoint.MOST_CLASSES:
         raise UserError(f"{source} holds no classifier weights that {name} has (keys like {_some(state_dict)})")
-    network = create(name, classes, image_size)
+    try:
+        network = create(name, classes, image_size)
+    except (RuntimeError, MemoryError):  # 1024x1024 images of 90,000 classes
+        raise UserError(
+            f"{source} is for {classes} classes and images of {image_size}x{image_size}: too large"
+        ) from None
     own = network.state_dict()
     if own.keys() <= whole.keys():  # a module of the network itself has a wrapper's name
         state_dict = whole
@@ -417,7 +425,8 @@ def classes_of(state_dict: State, name: str, recorded: int | None = None) -> int
     if names.torchvision_name(name) or names.is_own(name):
         classifiers = [key for key, value in state_dict.items() if value.dim() > 1][-1:]
     else:
-        linears = [key for key in state_dict if re.fullmatch(r"fc\.weight|fc_layers\..*weight", key)]
+        weights = [key for key, value in state_dict.items() if value.dim() == 2]
+        linears = [key for key in weights if re.fullmatch(r"fc\.weight|fc_layers\..*weight", key)]
         classifiers = [max(linears)] if linears else []
     return state_dict[classifiers[0]].shape[0] if classifiers else recorded
 
@@ -433,21 +442,30 @@ def load(path: str | Path, name: str | None = None, image_size: int | None = Non
     `name` and `image_size` are needed only where the file has none. The metadata have at least `model`, `classes`,
     `image_size` (None: the data set's usual one), `mean` and `std`. Files without a normalisation get the one that such
     files were made with: the released code's, or ImageNet's for torchvision's networks, option A's published files and
-    larger images; or what a user's class declares. Loading a user's own network runs its file. Raises UserErrors.
+    larger images; or what a user's class declares. A user's own network is made by running its file: only if `name`
+    names that. Raises UserErrors.
     """
     contents = checkpoint.read(path)
     recorded = contents.get("model") if isinstance(contents.get("model"), str) else None
     if name is None and recorded is None:
         raise UserError(f"{path} does not record its network; name it with --model")
+    if name is None and names.is_file(recorded):
+        fix = f"to run that file, add --model {recorded} (for a teacher, --teacher)"
+        raise UserError(f"{path} holds a network of your own, {recorded}; {fix}")
     try:
         name = names.network(name or recorded)
-        # A user's own file may have been moved since.
-        other = recorded and Path(recorded).name != Path(name).name and names.network(recorded) != name
+        if recorded and names.is_file(recorded):  # it may have been moved since
+            other = Path(recorded).name != Path(name).name
+        else:
+            other = recorded and names.network(recorded) != name
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if other:
         raise UserError(f"{path} holds a {recorded}, not a {name}")
     metadata = {key: value for key, value in contents.items() if not isinstance(value, dict)}
+    metadata |= {key: value.item() for key, value in metadata.items() if isinstance(value, np.generic)}
+    if wrong := misfit(metadata, checkpoint.METADATA):
+        raise UserError(f"{path} is damaged: {wrong}")
     if image_size and metadata.setdefault("image_size", image_size) != image_size:
         held = metadata["image_size"]
         raise UserError(f"{path} holds a network for images of {held}x{held}, not {image_size}x{image_size}")
@@ -455,6 +473,8 @@ def load(path: str | Path, name: str | None = None, image_size: int | None = Non
     size = metadata.setdefault("image_size", None)
     network = from_state(name, checkpoint.weights_of(contents, path), path, size or 32, metadata.get("classes"))
     metadata |= {"model": name, "classes": classes_of(network.state_dict(), name, metadata.get("classes"))}
+    if len(metadata.get("class_names") or range(metadata["classes"])) != metadata["classes"]:
+        raise UserError(f"{path} is damaged: it names {len(metadata['class_names'])} of {metadata['classes']} classes")
     option_a = names.family(name) == "resnet" and name.endswith("a")
     imagenet = names.torchvision_name(name) or option_a or size not in (None, 32)
     metadata.setdefault("mean", list(names.IMAGENET_MEAN if imagenet else names.RELEASED_MEAN))

@@ -12,9 +12,10 @@ again continues an interrupted run, or reports that it is finished. Everything i
 
 if __name__ == "__main__":  # Ctrl-C is silent from here on, during the imports too
     try:
-        from takd import startup
+        from takd import process, startup
 
         startup.guard()
+        process.note_stop_signals()
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -28,7 +29,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from takd import process
 from takd.config import flags, names, nni_trial, run_config
 from takd.config.run_config import RunConfig
 from takd.run import launch
@@ -58,7 +58,7 @@ from takd.images.augmentation import VIEWS
 from takd.images.folder import folder_digest
 from takd.images.split import Batch, Split, Transform, class_order
 from takd.process import Stopped, StopSignals
-from takd.run import checkpoint, engine
+from takd.run import checkpoint, engine, saved
 from takd.run.console import Console, defaults_line, setup_lines
 from takd.run.cuda_graph import WARM_UP, StepGraph
 from takd.run.distributed import World, join, part_of
@@ -135,10 +135,11 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
 
     def earlier():
         """The config and the summary of this run from an earlier start."""
-        return recorded_of(directory, config), directory.read(directory.summary_file)
+        return recorded_of(directory, config), directory.summary()
 
     recorded, summary = world.broadcast(earlier)
     if summary:
+        world.broadcast(lambda: saved.check_finished(config, directory, summary, console.say))
         console.say(f"finished  {directory.path} (best {outcome_line(summary)})")
         return summary
 

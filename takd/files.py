@@ -1,4 +1,5 @@
-"""Files: atomic writes, locks, digests, and classes from a user's own FILE.py. Standard library only at import."""
+"""Files: atomic writes, JSON of a given form, locks, digests, and classes from a user's own FILE.py. Standard library
+only at import."""
 
 import contextlib
 import difflib
@@ -15,8 +16,9 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from takd import process
 from takd.errors import UserError
 
 Say = Callable[[str], None]  # prints a line for the user
@@ -78,14 +80,114 @@ def replacing(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno and str(error.filename) in ("None", str(temporary)):  # a name that tells the user nothing
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files of processes killed while they wrote files of this name. Only where no other process
+    may be writing them."""
+    for path in folder.glob(f".{name}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[bool]:
+    """Whether no other process is inside such a block for this folder. Leaves no file there, unlike `locked`."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alone = True
+    except OSError:  # held, or a file system without locks
+        alone = False
+    try:
+        yield alone
+    finally:
+        os.close(descriptor)
 
 
 def save_json(contents: Any, path: str | Path) -> None:
     """Indented JSON, written atomically."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------- JSON
+class Rule(NamedTuple):
+    """What a single value must be: in words, and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _finite(value):
+    return type(value) in (int, float) and abs(value) < 1e300
+
+
+def _encodes(value):
+    try:
+        return isinstance(value, str) and bool(value.encode() or True)
+    except UnicodeEncodeError:  # JSON's \ud800
+        return False
+
+
+ANYTHING = Rule("anything", lambda value: True)
+TEXT = Rule("text", _encodes)
+FLAG = Rule("true or false", lambda value: isinstance(value, bool))
+WHOLE = Rule("a whole number from 0 on", lambda value: type(value) is int and 0 <= value < 2**63)
+COUNT = Rule("a whole number from 1 on", lambda value: type(value) is int and 0 < value < 2**63)
+NUMBER = Rule("a number", _finite)
+SECONDS = Rule("a time in seconds", lambda value: _finite(value) and 0 <= value < 1e12)
+PERCENT = Rule("a percentage", lambda value: _finite(value) and 0 <= value <= 100)
+
+
+def misfit(value: Any, form: Any, name: str = "it") -> str | None:
+    """Where `value` differs from `form`, such as "epochs is 'x', not a whole number from 1 on"; None where it fits.
+
+    A form is a Rule, [form] for a list of any length, {key: form} for a dict that has at least these keys, or
+    {...: form} for one with any keys. A key written with a "?" at its end may be absent, or None.
+    """
+    if isinstance(form, Rule):
+        return None if form.holds(value) else f"{name} is {_short(value)}, not {form.words}"
+    if not isinstance(value, type(form)):
+        return f"{name} is {_short(value)}, not a {'list' if isinstance(form, list) else 'dict'}"
+    prefix = "" if name == "it" else f"{name}."
+    if isinstance(form, list):
+        items = [(f"{name}[{i}]", item, form[0]) for i, item in enumerate(value)]
+    elif ... in form:
+        items = [(f"{prefix}{key}", item, form[...]) for key, item in value.items()]
+    else:
+        items = []
+        for key, each in form.items():
+            plain = key.removesuffix("?")
+            if value.get(plain) is not None:
+                items.append((f"{prefix}{plain}", value[plain], each))
+            elif plain == key:
+                return f"{prefix}{key} is missing"
+    return next(filter(None, (misfit(item, each, place) for place, item, each in items)), None)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 40 else f"{text[:36]}..."
+
+
+def read_json(path: Path, form: Any, fix: str) -> Any:
+    """The contents of a JSON file, or None where there is none. A UserError, ending with `fix`, if it is damaged."""
+    try:
+        contents = json.loads(read_text(path))
+        wrong = misfit(contents, form)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        wrong = str(error)
+    if wrong:
+        raise UserError(f"{path} cannot be read ({wrong}); {fix}")
+    return contents
 
 
 # -------------------------------------------------------------------------------------------------- locking
@@ -121,6 +223,7 @@ def locked(path: Path, what: str, wait: bool = False, say: Callable[[str], None]
             if not reported:
                 say(f"waiting for {holder}, which holds {what}")
                 reported = True
+            process.safe_point()
             time.sleep(0.2)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")

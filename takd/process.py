@@ -9,8 +9,7 @@ import io
 import os
 import signal
 import sys
-import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is SLURM's warning before a time limit
 
@@ -85,42 +84,78 @@ class Stopped(SystemExit):
         self.number = number
 
 
-class StopSignals:
-    """STOP_SIGNALS end the process at a safe point.
+_noted: int | None = None  # the first of STOP_SIGNALS that came
+_deferring, _killable = False, True
 
-    Outside `deferred()` a signal raises Stopped at once. Inside, the first is only recorded in `received`, so that a
-    training step ends and a save is made; a second one raises Stopped. Signals within a second of each other count as
-    one: a launcher forwards a signal that its whole group has received already.
+
+def _note(number, _frame):
+    """Only noted: an exception raised wherever the program happens to be is lost in an import or aborts a library.
+
+    Where there is nothing to save yet, the process ends at once, without cleaning up, as if it were killed.
+    """
+    global _noted
+    _noted = _noted or number
+    if _killable:
+        os._exit(128 + number)
+
+
+def note_stop_signals() -> dict[int, Any]:
+    """Take note of STOP_SIGNALS from now on; returns the handlers before. A command's first line.
+
+    They end the process at once until a StopSignals block begins, and from then on at a `safe_point`.
+    """
+    return {number: signal.signal(number, _note) for number in STOP_SIGNALS}
+
+
+def safe_point() -> None:
+    """Raises Stopped after one of STOP_SIGNALS. Called where nothing is half done: between batches, files, attempts."""
+    if _noted and not _deferring:
+        raise Stopped(_noted)
+
+
+@contextlib.contextmanager
+def killable():
+    """Work without safe points that may be cut off anywhere, such as a download: a signal ends the process at once."""
+    global _killable
+    _killable = True
+    try:
+        safe_point()
+        yield
+    finally:
+        _killable = False
+
+
+class StopSignals:
+    """For the block, STOP_SIGNALS end the process at a safe point; `received` is the first of them.
+
+    Inside `deferred()` a safe point raises nothing: the caller looks at `received` itself.
     """
 
-    def __init__(self):
-        self.received: int | None = None
-        self._deferring = False
-        self._last = float("-inf")
-
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        global _noted, _killable
+        self._before, _killable = note_stop_signals(), False
+        if _note not in self._before.values():
+            _noted = None  # of an earlier block
         return self
 
     def __exit__(self, *_):
+        global _killable
+        _killable = True
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number, _frame):
-        before, self._last = self._last, time.monotonic()
-        if self._last - before < 1:
-            return
-        if not self._deferring or self.received is not None:
-            raise Stopped(number)
-        self.received = number
+    @property
+    def received(self) -> int | None:
+        return _noted
 
     @contextlib.contextmanager
     def deferred(self):
-        before, self._deferring = self._deferring, True
+        global _deferring
+        before, _deferring = _deferring, True
         try:
             yield
         finally:
-            self._deferring = before
+            _deferring = before
 
 
 def ignore_stop_signals(_worker: int = 0) -> None:

@@ -224,7 +224,10 @@ def write_run(teacher_run, tmp_path):
     def write(path, seed, accuracies, finished=True, folder="runs", **settings):
         run = tmp_path / folder / "-".join((*path, f"seed{seed}", *map(str, settings.values())))
         run.mkdir(parents=True)
-        own = {"student": path[-1], "path": path, "seed": seed, "epochs": 2, "argv": [str(run)]}
+        epochs = settings.get("epochs", len(accuracies) if finished else 2)
+        if finished:  # with a record of each epoch
+            accuracies = (*accuracies[:1] * (epochs - len(accuracies)), *accuracies)
+        own = {"student": path[-1], "path": path, "seed": seed, "epochs": epochs, "argv": [str(run)]}
         if len(path) > 1:
             own |= {"teacher": path[-2], "method": "kd", "method_options": {"temperature": 4.0, "lambda": 0.5}}
         (run / "config.json").write_text(json.dumps(config | own | settings))
@@ -249,6 +252,25 @@ def three_seeds(write_run, tmp_path):
         write_run(("plane10", "plane2"), seed, (accuracy, accuracy - 1))
         write_run(("plane10", "plane4", "plane2"), seed, (30, accuracy + 0.8 + 0.1 * seed))
     return tmp_path / "runs"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(size) mounts a file system of that size."""
+    mounted = []
+
+    def mount(size):
+        place = tmp_path / f"disk{size}"
+        place.mkdir()
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], capture_output=True)
+        if made.returncode:
+            pytest.skip(f"mounting a file system needs root: {made.stderr.decode().strip()}")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", place], check=True)
 
 
 @pytest.fixture(scope="session")

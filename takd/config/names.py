@@ -33,14 +33,14 @@ def network(name: str) -> str:
 
     `torchvision:NAME` imports torchvision, `FILE.py:CLASS` the user's file.
     """
-    prefix, colon, rest = str(name).strip().rpartition(":")
+    prefix, _, rest = str(name).strip().rpartition(":")
     if prefix.lower() == "torchvision":
         spelling, known = re.sub(r"[\s_-]", "", rest.lower()), torchvision_networks()
         if same := [each for each in known if each.replace("_", "") == spelling]:
             return f"torchvision:{same[0]}"
         hint = nearest(spelling, known)
         raise UserError(f"unknown network '{name}'{hint}; torchvision's networks: {' '.join(known)}")
-    if colon and prefix.endswith(".py"):
+    if is_file(name):
         import_class(name)
         return f"{os.path.normpath(prefix)}:{rest}"
     spelling = re.sub(r"[\s_-]", "", re.sub(r"^resnet_32_", "resnet", str(name).lower()))  # hankyul2's, of 32x32 images
@@ -57,6 +57,11 @@ def _torchvision_hint(spelling: str) -> str:
         known = {name.replace("_", ""): name for name in torchvision_networks()}
         return f" (did you mean torchvision:{known[spelling]}?)" if spelling in known else ""
     return ""
+
+
+def is_file(name: str) -> bool:
+    """Whether a network's name is FILE.py:CLASS, a user's own."""
+    return str(name).strip().rpartition(":")[0].endswith(".py")
 
 
 @functools.cache

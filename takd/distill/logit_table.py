@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from takd.errors import UserError
-from takd.files import Say, locked, replacing
+from takd.files import Say, locked, remove_leftovers, replacing
 from takd.images.augmentation import VIEWS
 from takd.images.split import Batch, Split, generator
+from takd.process import safe_point
 
 ZERO = 6e-8  # float16's smallest number stands for a logit of 0, so that a row of zeros is one not yet filled
 
@@ -30,11 +31,12 @@ def table_dtype(views: int) -> Any:
 
 
 class LogitTable:
-    """Logits (N, V, C) in a sparse file mapped into memory; rows are filled when they are first needed.
+    """Logits (N, V, C) in a file mapped into memory; rows are filled when they are first needed.
 
     A row is filled where its first and last number are not 0: there is no second file that a crash could leave in
     disagreement. Several processes may fill the same table at once: whoever comes second writes the same values.
-    `teacher` has `answer(pixels)`, the logits of uint8 images, and `call_size`, how many it takes at once.
+    `teacher` has `answer(pixels)`, the logits of uint8 images, and `call_size`, how many it takes at once. OSError if
+    the file cannot be made.
     """
 
     def __init__(self, path: Path, teacher: Any, split: Split, augment: str, say: Say):
@@ -55,8 +57,11 @@ class LogitTable:
             if not self.path.exists() or self.path.stat().st_size != size:
                 if self.path.exists():
                     say(f"warning: table {self.path} is damaged: rebuilding it")
-                with replacing(self.path) as temporary, open(temporary, "wb") as file:
-                    file.truncate(size)
+                remove_leftovers(self.path.parent, self.path.name)
+                with replacing(self.path) as temporary:
+                    temporary.touch()
+                    _allocate(temporary, size)
+            _allocate(self.path, size)
             values = torch.from_numpy(np.memmap(self.path, dtype, "r+", shape=shape))
             if self._agrees(values):
                 return values
@@ -112,6 +117,7 @@ class LogitTable:
             self._writing.result()  # of the epoch before: a disk that is full ends the run
             index, views = self._expected
             for first in range(0, len(index), self.teacher.call_size):
+                safe_point()
                 rows = slice(first, first + self.teacher.call_size)
                 self._store(index[rows], views[rows])
 
@@ -135,6 +141,7 @@ class LogitTable:
         """Compute everything that is not in the table yet, in the file's order."""
         reported, block = time.monotonic(), max(1, 8 * self.teacher.call_size // self.values.shape[1])
         for first in range(0, len(self.values), block):
+            safe_point()
             index, views = (~_filled(self.values[first : first + block])).nonzero(as_tuple=True)
             if len(index):
                 self._store(first + index, views)
@@ -142,6 +149,14 @@ class LogitTable:
                 reported = time.monotonic()
                 say(f"table: {first + block} of {len(self.values)} images")
         self.complete = True
+
+
+def _allocate(path, size):
+    """The file's room on the disk: without it, writing to the mapped file on a full disk kills the process (SIGBUS)."""
+    status = path.stat()
+    if status.st_size < size or 512 * status.st_blocks < size:  # the latter a sparse file of an earlier version
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _filled(rows):

@@ -3,7 +3,6 @@ teaches."""
 
 import contextlib
 import copy
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from takd.distill import evaluation
 from takd.distill.logit_table import LogitTable, choose_cache, features_cache, table_dtype
 from takd.distill.methods import Features, Logits
 from takd.errors import UserError
-from takd.files import Say, digest, save_json
+from takd.files import PERCENT, Say, digest, read_json, save_json
 from takd.images.augmentation import VIEWS
 from takd.images.split import Batch, Split, Transform, generator
 
@@ -93,10 +92,17 @@ class Teacher:
 
     def attach_table(self, split: Split, augment: str, mode: str, checkpoint: str, say: Say) -> None:
         """Keep the logits of a split in a table beside the checkpoint where that is possible and useful."""
+        asked = mode
         mode, line, path = self.choose_table(split, augment, mode, checkpoint)
         say(f"logits    {self.label}{line}")
         if mode != "live":
-            self.table = LogitTable(path, self, split, augment, say)
+            try:
+                self.table = LogitTable(path, self, split, augment, say)
+            except OSError as error:  # a quota, a read-only folder
+                why = f"{path} cannot be written ({error.strerror})"
+                if asked != "auto":
+                    raise UserError(f"--teacher-cache {asked}: {why}; free some room or use live") from None
+                say(f"logits    live: {why}")
         if self.table and mode == "full":
             self.table.fill(say)
 
@@ -122,8 +128,12 @@ class Teacher:
         """
         file = _cache_folder(checkpoint) / f"score-{self.binding(split)}.json"
         try:
-            accuracy = float(json.loads(file.read_text())["accuracy_percent"])
-        except (OSError, ValueError, KeyError, TypeError):
+            kept = read_json(file, {"accuracy_percent": PERCENT}, "it is measured again")
+        except UserError:
+            kept = None
+        if kept:
+            accuracy = kept["accuracy_percent"]
+        else:
             with progress("teacher, test", len(split)) as advance:
                 logits = evaluation.predict(self.exact, split, self.transform, advance=advance)
             accuracy = evaluation.score(logits, split.labels)["accuracy_percent"]

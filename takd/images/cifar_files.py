@@ -10,6 +10,7 @@ import numpy as np
 from takd.config.names import DATASETS
 from takd.errors import UserError
 from takd.files import Say, locked
+from takd.process import killable
 
 Arrays = tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...]]  # {part: (images, labels)}, class names
 FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
@@ -57,7 +58,8 @@ def downloaded(name: str, dataset_dir: Path, allowed: bool, say: Say) -> Arrays:
             if not (dataset_dir / FOLDERS[name]).is_dir():
                 say(f"{name} is not in {dataset_dir}: downloading it")
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
-            return _torchvision(name, dataset_dir, download=True)
+            with killable():
+                return _torchvision(name, dataset_dir, download=True)
     except OSError as error:
         lock.unlink(missing_ok=True)
         if made:

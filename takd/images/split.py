@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from takd.errors import UserError
 from takd.files import digest
 from takd.images import augmentation
+from takd.process import safe_point
 
 
 class Transform(NamedTuple):
@@ -152,6 +153,7 @@ def step_rows(images: int, batch_size: int, first_step: int = 0) -> list[slice]:
 def evaluation_batches(split: Split, batch_size: int = 500) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(images, labels) in order, every image once, the last partial batch included."""
     for start in range(0, len(split), batch_size):
+        safe_point()
         yield split.images[start : start + batch_size].to(split.device), split.labels[start : start + batch_size]
 
 

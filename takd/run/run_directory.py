@@ -13,20 +13,88 @@ reports.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from takd import files
-from takd.config import recipes
-from takd.config.run_config import DIGESTS, RunConfig, settings_of
+from takd.config import names, recipes
+from takd.config.run_config import DIGESTS, UNRECORDED, RunConfig, settings_of
 from takd.errors import UserError
+from takd.files import COUNT, FLAG, NUMBER, PERCENT, SECONDS, TEXT, WHOLE, Rule
 
 Record = dict[str, Any]
+
+# ------------------------------------------------------------------------------------------- forms of the files
+PATH = Rule("a list of networks", lambda value: isinstance(value, list) and bool(value) and all(map(TEXT.holds, value)))
+SCALAR = Rule(
+    "a number or text", lambda value: value is None or any(rule.holds(value) for rule in (TEXT, NUMBER, FLAG))
+)
+ONE_OR_MORE = Rule("text or a list of it", lambda value: TEXT.holds(value) or PATH.holds(value))
+_OF_TYPE: dict[Any, Any] = {
+    str: TEXT,
+    int: WHOLE,
+    float: NUMBER,
+    bool: FLAG,
+    list[int]: [WHOLE],
+    list[str]: PATH,
+    dict[str, Any]: {...: SCALAR},
+}
+
+
+def _setting(field):
+    """A field of RunConfig as an entry of the form: "lambda?": a number."""
+    union = isinstance(field.type, types.UnionType)
+    kinds = [each for each in (typing.get_args(field.type) if union else [field.type]) if each in _OF_TYPE]
+    optional = "?" * (field.default is not dataclasses.MISSING)
+    return field.name.rstrip("_") + optional, ONE_OR_MORE if len(kinds) > 1 else _OF_TYPE[kinds[0]]
+
+
+CONFIG = dict(_setting(field) for field in dataclasses.fields(RunConfig) if field.name not in UNRECORDED) | {
+    "dataset": Rule("a data set", lambda value: isinstance(value, str) and value in names.DATASETS),
+    "recipe": Rule("a recipe", lambda value: isinstance(value, str) and value in recipes.RECIPES),
+    "epochs": COUNT,
+    "batch_size": COUNT,
+    "validation_split": NUMBER,
+    "seed": WHOLE,
+    "path": PATH,
+    "origins": {...: TEXT},
+    "environment": {
+        "host": TEXT,
+        "device": TEXT,
+        **dict.fromkeys(("python?", "torch?", "numpy?", "platform?", "commit?", "slurm_job?"), TEXT),
+        "threads?": WHOLE,
+        "precision?": Rule("bf16, tf32 or fp32", lambda value: value in ("bf16", "tf32", "fp32")),
+    },
+}
+RECORD = {
+    "epoch": WHOLE,
+    "test_accuracy_percent": PERCENT,
+    "train_seconds": SECONDS,
+    "evaluation_seconds": SECONDS,
+    "validation_accuracy_percent?": PERCENT,
+}
+_OUTCOME = {"epoch": WHOLE, "split": TEXT, "accuracy_percent": PERCENT, "test_accuracy_percent": PERCENT}
+SUMMARY = {
+    "model": TEXT,
+    "dataset": TEXT,
+    "path": PATH,
+    "seed": WHOLE,
+    "epochs": COUNT,
+    "parameters": COUNT,
+    "seconds": SECONDS,
+    "selection_split": TEXT,
+    "best": _OUTCOME,
+    "last": _OUTCOME,
+    "checkpoint": TEXT,
+}
 
 
 class RunDirectory:
@@ -41,22 +109,22 @@ class RunDirectory:
         self.failure_file = self.path / ".failed"  # hidden: a folder that holds nothing else is still free
         self._events: Any = None
 
-    def read(self, file: Path) -> Any:
-        """A JSON file of this run, or None where there is none."""
-        try:
-            return json.loads(files.read_text(file))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{file} cannot be read ({error}); restore it, or give another --run-dir") from None
+    def config(self) -> Any:
+        """The recorded configuration, or None where no run was begun."""
+        return files.read_json(self.config_file, CONFIG, "restore it, or give another --run-dir")
+
+    def summary(self) -> Any:
+        """The summary, or None of a run that is not finished."""
+        return files.read_json(self.summary_file, SUMMARY, "delete it: the run's command writes it again")
 
     def check(self, config: RunConfig) -> Record | None:
         """The recorded config of an earlier start of the same run, or None; another configuration is a UserError."""
-        recorded = self.read(self.config_file)
+        recorded = self.config()
         if recorded is None:
-            if self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir()):
-                if not (self.path / "teacher").is_dir():
-                    raise UserError(f"{self.path} holds files but no run; give a new or empty folder with --run-dir")
+            if self.path.is_dir() and any(
+                not entry.name.startswith(".") for entry in self.path.iterdir() if entry.name != "teacher"
+            ):
+                raise UserError(f"{self.path} holds files but no run; give a new or empty folder with --run-dir")
             return None
         if changes := differences(*self._compared(recorded, config)):
             raise UserError(f"{self.path} holds another run ({changes}); give another --run-dir or delete that folder")
@@ -64,7 +132,7 @@ class RunDirectory:
 
     def check_length(self, config: RunConfig) -> None:
         """A UserError with the command to use, where this is a finished run of fewer epochs and otherwise the same."""
-        recorded, summary = self.read(self.config_file), self.read(self.summary_file)
+        recorded, summary = self.config(), self.summary()
         if not recorded or not summary:
             return
         there, now = self._compared(recorded, config)
@@ -95,27 +163,45 @@ class RunDirectory:
     def in_use(self) -> bool:
         return files.is_locked(self.path / ".lock")
 
-    def start(self, config: Record, first_epoch: int) -> None:
-        """Record the configuration and drop records of epochs that will be run again."""
+    def start(self, config: Record) -> None:
+        """Record the configuration, and remove what killed processes left. Only inside `claim`."""
         self.failure_file.unlink(missing_ok=True)
+        files.remove_leftovers(self.path)
         files.save_json(config, self.config_file)
-        kept = [line for line in self.records() if line["epoch"] < first_epoch]
-        with files.replacing(self.metrics_file) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def records(self) -> list[Record]:
-        """The epochs recorded so far. A last line cut off by a crash is left out."""
-        lines = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in files.read_text(self.metrics_file).splitlines():
-                with contextlib.suppress(ValueError):
+        """The epochs recorded so far, from 0 on. A last line cut off by a crash is left out; others are UserErrors."""
+        lines: list[Record] = []
+        try:
+            for line in files.read_text(self.metrics_file).splitlines(keepends=True):
+                if line.endswith("\n"):
                     lines.append(json.loads(line))
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{self.metrics_file} cannot be read (line {len(lines) + 1}: {error})") from None
+        if wrong := misfit_of_records(lines):
+            raise UserError(f"{self.metrics_file} is damaged: {wrong}")
         return lines
+
+    def restore_records(self, records: Sequence[Record]) -> bool:
+        """Make metrics.jsonl hold these epochs and no others. Returns whether any of them was not there."""
+        try:
+            found = self.records()
+        except UserError:
+            found = []
+        if found != records:
+            with files.replacing(self.metrics_file) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in records), encoding="utf-8")
+        return found[: len(records)] != records
 
     def log(self, record: Record) -> None:
         """One epoch's record, to metrics.jsonl and TensorBoard."""
-        with open(self.metrics_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.metrics_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.metrics_file)) from None
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter  # when the first epoch is over: it takes a second or two
 
@@ -142,6 +228,24 @@ class RunDirectory:
         if self.failure_file.is_file() and not self.summary_file.exists():
             return self.failure_file.read_text(encoding="utf-8", errors="replace")
         return None
+
+
+def misfit_of_records(records: Any) -> str | None:
+    """What is wrong with the records of a run's epochs, or None."""
+    if wrong := files.misfit(records, [RECORD], "epochs"):
+        return wrong
+    for i, record in enumerate(records):
+        if record["epoch"] != i:
+            return f"the record of epoch {i} is missing"
+        if ("validation_accuracy_percent" in record) != ("validation_accuracy_percent" in records[0]):
+            return f"epoch {i} has other values than epoch 0"
+    return None
+
+
+def best_of(records: Sequence[Record]) -> Record:
+    """The record of the best epoch, the first of equals, on the split that selects it: validation if there is one."""
+    split = "validation" if "validation_accuracy_percent" in records[0] else "test"
+    return max(records, key=lambda record: record[f"{split}_accuracy_percent"])
 
 
 def _tag(key: str) -> str:

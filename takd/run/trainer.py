@@ -1,10 +1,12 @@
 """The epochs of one run: training, evaluation, records, and continuing where it stopped.
 
-A run continues from its last.pth.tar: weights, optimizer, position (epoch and step), the epoch's sums so far and the
-generators. Order and views are functions of (seed, epoch), so they need no saving. On the CPU with the same number of
-threads and processes a continued run ends with the same bits as an uninterrupted one.
+A run continues from its last.pth.tar: weights, optimizer, position (epoch and step), the epoch's sums so far, the
+records, the best network (takd/run/saved.py) and the generators. Order and views are functions of (seed, epoch), so
+they need no saving. On the CPU with the same number of threads and processes a continued run ends with the same bits as
+an uninterrupted one.
 """
 
+import copy
 import os
 import sys
 import time
@@ -18,14 +20,15 @@ from takd.config import nni_trial
 from takd.config.run_config import RunConfig
 from takd.distill import evaluation
 from takd.distill.teacher import members, path_of
+from takd.errors import UserError
 from takd.images.batches import batches, usual_workers
 from takd.images.split import Split, epoch_plan
 from takd.process import Stopped, StopSignals
-from takd.run import checkpoint
+from takd.run import checkpoint, saved
 from takd.run.console import Console, duration
 from takd.run.distributed import World
 from takd.run.engine import Diverged, EpochSums, TrainStep
-from takd.run.run_directory import Record, RunDirectory, environment
+from takd.run.run_directory import Record, RunDirectory, best_of, environment
 
 # Decisions after a step; stopping is STOP + the signal's number. All processes follow the greatest of theirs.
 CONTINUE, SAVE, STOP = 0, 1, 2
@@ -52,12 +55,13 @@ class Trainer:
         self.path = [*path_of(self.teachers, config.teachers), config.student]
         self.epoch, self.steps_done = 0, 0  # the next step to train
         self.sums = EpochSums()
-        self.best: Record | None = None  # the record of the best epoch so far
+        self.records: list[Record] = []  # of the epochs that are over
+        self.best_network: dict[str, Any] | None = None  # what the best epoch's file holds
 
     # -------------------------------------------------------------------------------- starting and continuing
     def resume(self, recorded: Record | None, extra_environment: Record) -> None:
         """Continue an earlier start, whose config is `recorded` (None for a new run), and record this one."""
-        if recorded and self.directory.last_file.is_file():
+        if recorded:
             self._restore()
         where = f" (continuing at {self.position})" if recorded else ""
         self.console.say(f"run       {self.directory.path}{where}")
@@ -69,7 +73,9 @@ class Trainer:
             self.console.say(f"note: {what} changed since the run began: rounding will differ")
         if self.world.is_rank_zero:
             more = {"origins": self.config.origins, "path": self.path, "argv": sys.argv, "environment": here}
-            self.directory.start(self.config.record() | more, self.epoch)
+            self.directory.start(self.config.record() | more)
+            state = {"records": self.records, "best_network": self.best_network}
+            saved.restore_files(state, self.config, self.directory, self.console.say)
 
     @property
     def position(self) -> str:
@@ -98,10 +104,7 @@ class Trainer:
         workers = usual_workers() if config.workers is None else config.workers
         epoch_batches = batches(train, config.augment, plan, [part.rows for part in parts], workers)
         self._saved, done = time.monotonic(), min(self.steps_done * config.batch_size, len(train))
-        with (
-            self.console.progress(f"epoch {epoch + 1}/{config.epochs}", len(train), done) as advance,
-            self.signals.deferred(),
-        ):
+        with self.console.progress(f"epoch {epoch + 1}/{config.epochs}", len(train), done) as advance:
             started = time.perf_counter()
             for part, batch in zip(parts, epoch_batches, strict=False):
                 self.world.track_split(part)
@@ -159,23 +162,24 @@ class Trainer:
         return record | {"evaluation_seconds": time.perf_counter() - started}
 
     def save(self, record: Record) -> None:
-        """Records first, then the best network, then the state: a crash between them repeats the epoch."""
-        with self.signals.deferred():
-            key = f"{self.splits.selection}_accuracy_percent"
-            best = self.best is None or record[key] > self.best[key]
-            if best:
-                self.best = record
-            if self.world.is_rank_zero:
-                self.directory.log(record)
-                if self.config.trial:  # not for the teacher that a trial trains first: the tuner would score that
-                    nni_trial.report_epoch(self.epoch, record[key])
-                if best:
-                    checkpoint.save(self._network_contents(record), self.config.best_file)
-                done = self.directory.records()
-                left = _seconds(done) / len(done) * (self.config.epochs - self.epoch - 1)
-                self.console.row(record, self.config.epochs, left, self.splits.test.part)
-            self.epoch, self.steps_done, self.sums = self.epoch + 1, 0, EpochSums()
-            self.save_state()
+        """The record, then the state, which commits the epoch: after a crash before it the epoch is repeated, after a
+        crash behind it the best network's file is written from it."""
+        self.records.append(record)
+        best = best_of(self.records) is record
+        if best:
+            self.best_network = copy.deepcopy(checkpoint.to_cpu(self._network_contents(record)))
+        if self.world.is_rank_zero:
+            self.directory.log(record)
+            if self.config.trial:  # not for the teacher that a trial trains first: the tuner would score that
+                key = f"{self.splits.selection}_accuracy_percent"
+                nni_trial.report_epoch(self.epoch, record[key])
+        self.epoch, self.steps_done, self.sums = self.epoch + 1, 0, EpochSums()
+        self.save_state()
+        if self.world.is_rank_zero:
+            if best and self.best_network:
+                checkpoint.save(self.best_network, self.config.best_file)
+            left = _seconds(self.records) / self.epoch * (self.config.epochs - self.epoch)
+            self.console.row(record, self.config.epochs, left, self.splits.test.part)
         if stop := self.world.all_reduce_max(self.signals.received or 0):
             self._stop(stop)
 
@@ -203,11 +207,13 @@ class Trainer:
         if self.world.size > 1:
             self.sums.all_reduce(self.world.all_reduce_sum)
         if self.world.is_rank_zero:
-            contents = self._network_contents(self.best or {}) | {
+            contents = self._network_contents(best_of(self.records) if self.records else {}) | {
                 "method_state_dict": self.step.method.state_dict(),
                 "step": self.steps_done,
                 "sums": self.sums.state(),
-                "best": self.best,
+                "records": self.records,
+                "best_network": self.best_network,
+                "settings": self.config.identity(),
                 "random_state": torch.get_rng_state(),
             }
             if self.step.split.device.type == "cuda":
@@ -218,16 +224,26 @@ class Trainer:
         self.world.barrier()
 
     def _restore(self) -> None:
-        contents, device = checkpoint.read(self.directory.last_file), self.step.split.device
-        checkpoint.load_weights(self.step.student, contents["model_state_dict"])
-        self.step.optimizer.load_state_dict(contents["optimizer_state_dict"])
-        self.step.method.load_state_dict(contents["method_state_dict"])
-        self.epoch, self.steps_done, self.best = contents["epoch"], contents["step"], contents["best"]
-        sums = contents["sums"]
+        """Go on from last.pth.tar. Without one a run begins anew, unless more than its first epoch would be lost."""
+        file, step, device = self.directory.last_file, self.step, self.step.split.device
+        state = saved.read(self.config, self.directory)
+        if not state:
+            if (epochs := len(self.directory.records())) > 1:
+                again = f"restore it, or delete {self.directory.path} to train again"
+                raise UserError(f"{file} is gone, and with it the state after {epochs} epochs; {again}")
+            return
+        saved.check_shapes(state, step.student, step.method, step.optimizer, file)
+        checkpoint.load_weights(step.student, state["model_state_dict"])
+        groups = step.optimizer.state_dict()["param_groups"]
+        step.optimizer.load_state_dict(state["optimizer_state_dict"] | {"param_groups": groups})
+        step.method.load_state_dict(state["method_state_dict"])
+        self.epoch, self.steps_done = state["epoch"], state["step"]
+        self.records, self.best_network = state["records"], state["best_network"]
+        sums = state["sums"]
         self.sums = EpochSums(**sums | {"rows": [row.to(device) for row in sums["rows"]]})
-        torch.set_rng_state(contents["random_state"])
-        if device.type == "cuda" and "cuda_random_state" in contents:
-            torch.cuda.set_rng_state(contents["cuda_random_state"])
+        torch.set_rng_state(state["random_state"])
+        if device.type == "cuda" and "cuda_random_state" in state:
+            torch.cuda.set_rng_state(state["cuda_random_state"])
 
     def summary(self) -> Record:
         """summary.json: the run's settings, its best and its last epoch, and on which split the best was selected."""
@@ -238,9 +254,8 @@ class Trainer:
         return summary
 
     def _summarise(self) -> Record:
-        config, records = self.config, self.directory.records()
+        config, records = self.config, self.records
         scores = [teacher.accuracy_percent for teacher in self.teachers]
-        assert self.best
         return {
             "model": config.student,
             "dataset": config.dataset,
@@ -256,7 +271,7 @@ class Trainer:
             "selection_split": self.splits.selection,
             "test_split": self.splits.test.part,
             "test_images": len(self.splits.test),
-            "best": self._outcome(self.best),
+            "best": self._outcome(best_of(records)),
             "last": self._outcome(records[-1]),
             "seconds": _seconds(records),
             "checkpoint": str(config.best_file),

@@ -19,7 +19,8 @@ from takd import files
 from takd.config import names
 from takd.config.run_config import INCIDENTAL
 from takd.errors import UserError
-from takd.run.run_directory import RunDirectory
+from takd.files import ANYTHING, TEXT
+from takd.run.run_directory import CONFIG, SUMMARY, RunDirectory, misfit_of_records
 from takd.study import plan
 from takd.study.plan import NetworkPath
 
@@ -27,6 +28,9 @@ OUTCOMES = ("best", "last")
 TRIALS = "trials"  # the subfolder of a sweep that holds its trials
 # What may differ between runs that are equal except for their seed: where and when they ran, not how they were trained.
 APART = {"seed", "teacher_weights", "origins", "argv", "environment", "path", "trial", *INCIDENTAL}
+# The forms of a kept file's lines.
+KEPT_PLAN = {"planned": [plan.PLANNED], "study?": TEXT}
+KEPT_RUN = {"run": TEXT, "study?": TEXT, "config": CONFIG, "epochs": [ANYTHING], "summary?": SUMMARY, "failed?": TEXT}
 
 
 @dataclass(frozen=True)
@@ -135,15 +139,29 @@ class Collection:
         summary: Any,
         failed: str | None = None,
     ) -> None:
-        run = Run(folder, study, config, tuple(records), summary, failed)
-        try:
-            run.path, run.seed, run.accuracy("best"), run.seconds, config["environment"]["host"]
-            [config[key] for key in ("recipe", "epochs", "origins", "validation_split")]
-            json.dumps([run.settings, run.test_images])
-        except (KeyError, TypeError) as error:
-            self.unreadable.append(f"{folder}: {error}")
+        self.runs[folder.resolve()] = Run(folder, study, config, tuple(records), summary, failed)
+
+    def check_and_add(
+        self,
+        folder: Path,
+        study: Path | None,
+        config: Any,
+        records: Sequence[Any],
+        summary: Any,
+        failed: str | None = None,
+    ) -> None:
+        """A run as it was read: its files each have their form, but may contradict each other."""
+        wrong = None
+        if len(records) > config["epochs"] or (summary and len(records) < config["epochs"]):
+            wrong = f"metrics.jsonl has {len(records)} of {config['epochs']} epochs"
+        elif records and config["validation_split"] and "validation_accuracy_percent" not in records[0]:
+            wrong = "metrics.jsonl has no validation_accuracy_percent"
+        elif summary and summary["path"] != config["path"]:
+            wrong = "summary.json is of another run"
+        if wrong:
+            self.unreadable.append(f"{folder}: {wrong}")
         else:
-            self.runs[folder.resolve()] = run
+            self.add(folder, study, config, records, summary, failed)
 
     def plan(self, study: Path, planned: Iterable[Mapping[str, Any]]) -> None:
         trainings = {(tuple(training["path"]), training["seed"]): training.get("failed") for training in planned}
@@ -174,11 +192,11 @@ def _read_folders(folder: Path, found: Collection) -> None:
         if study and study not in found.planned:
             found.plan(study, _planned(study))
         try:
-            config, summary = directory.read(file), directory.read(directory.summary_file)
+            contents = directory.config(), directory.records(), directory.summary()
         except UserError as error:
-            found.unreadable.append(f"{file.parent}: {error}")
+            found.unreadable.append(str(error).partition(";")[0])
         else:
-            found.add(file.parent, study, config, directory.records(), summary, directory.failure)
+            found.check_and_add(file.parent, study, *contents, directory.failure)
 
 
 def _planned(study: Path) -> Iterator[dict[str, Any]]:
@@ -211,15 +229,20 @@ def keep(collection: Collection, file: Path) -> None:
 
 def _read_kept(file: Path, found: Collection) -> None:
     try:
-        for line in [json.loads(line) for line in files.read_text(file).splitlines()]:
-            if "planned" in line:
+        for number, line in enumerate(map(json.loads, files.read_text(file).splitlines()), 1):
+            planned = isinstance(line, dict) and "planned" in line
+            if wrong := files.misfit(line, KEPT_PLAN if planned else KEPT_RUN):
+                raise ValueError(f"line {number}: {wrong}")
+            if planned:
                 found.plan(file / line.get("study", "."), line["planned"])
             else:
+                if wrong := misfit_of_records(line["epochs"]):
+                    raise ValueError(f"line {number}: {wrong}")
                 name = line.get("study", "." if file in found.planned else None)
                 study = None if name is None else file / name
-                contents = line["config"], line["epochs"], line["summary"], line.get("failed")
-                found.add(file / line["run"], study, *contents)
-    except (AttributeError, OSError, ValueError, KeyError, TypeError) as error:
+                contents = line["config"], line["epochs"], line.get("summary"), line.get("failed")
+                found.check_and_add(file / line["run"], study, *contents)
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}); report.py --keep writes such files") from None
 
 

@@ -41,7 +41,7 @@ def earlier_costs(folders: Iterable[str | Path], config: RunConfig, device: str)
     ):
         run = RunDirectory(file)
         try:
-            recorded, summary = run.read(run.config_file), run.read(run.summary_file)
+            recorded, summary = run.config(), run.summary()
         except UserError:
             continue
         if recorded and summary:

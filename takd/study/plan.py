@@ -7,7 +7,6 @@ guidance "all", from all of them (Son et al., ICCV 2021); its records then have 
 """
 
 import itertools
-import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,8 @@ from takd import files
 from takd.config import flags, names, run_config
 from takd.config.run_config import RunConfig
 from takd.errors import UserError
-from takd.run.run_directory import RunDirectory
+from takd.files import TEXT, WHOLE
+from takd.run.run_directory import PATH, RunDirectory
 
 NetworkPath = tuple[str, ...]  # of networks
 FAMILIES = {
@@ -28,6 +28,7 @@ FAMILIES = {
 }
 # What the plan sets.
 OWNED = ("student", "teacher", "teacher_checkpoint", "seed", "repeat", "run_dir", "json", "measure", "init_from")
+PLANNED = {"path": PATH, "seed": WHOLE, "failed?": TEXT}  # the form of a planned training
 STUDY_FILE = "study.json"  # what was planned in a folder, so that a report knows what is still to come
 
 
@@ -208,12 +209,12 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        return self.run.summary_file.exists()
+        return self.run.summary_file.exists() and self.checkpoint.is_file()
 
     @property
     def checkpoint(self) -> Path:
         """The best network's file: as in the run's summary, or before there is one, as train.py will name it."""
-        summary = self.run.read(self.run.summary_file)
+        summary = self.run.summary()
         expected = f"{names.file_name(self.path[-1])}_seed{self.seed}_best.pth.tar"
         return self.run.path / (
             Path(summary["checkpoint"]).name if summary else expected
@@ -273,6 +274,7 @@ def record(folder: Path, trainings: Iterable[Training]) -> None:
     """Record in the study's folder what is planned there, in addition to earlier plans."""
     Path(folder, "logs").mkdir(parents=True, exist_ok=True)
     with files.locked(Path(folder) / ".study.lock", f"the plan in {folder}", wait=True):  # by a job for another seed
+        files.remove_leftovers(folder, STUDY_FILE)
         mine = {training.name: {"path": training.recorded_path, "seed": training.seed} for training in trainings}
         files.save_json({"trainings": read(folder) | mine}, Path(folder) / STUDY_FILE)
 
@@ -280,9 +282,5 @@ def record(folder: Path, trainings: Iterable[Training]) -> None:
 def read(folder: Path) -> dict[str, Any]:
     """{training name: {"path", "seed"}} planned in a folder; empty if no study was."""
     file = Path(folder) / STUDY_FILE
-    try:
-        return json.loads(files.read_text(file))["trainings"]
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}); delete it; the study's command writes it again") from None
+    contents = files.read_json(file, {"trainings": {...: PLANNED}}, "delete it; the study's command writes it again")
+    return contents["trainings"] if contents else {}

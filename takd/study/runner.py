@@ -115,7 +115,7 @@ class Runner:
         training.run.fail(reason)
 
     def _report(self, training: Training, say: Callable[[str], None]) -> None:
-        summary = training.run.read(training.run.summary_file)
+        summary = training.run.summary()
         best, last = (summary[which]["test_accuracy_percent"] for which in ("best", "last"))
         outcome = f"{best:.2f} % at its best epoch, {last:.2f} % at its last, {duration(summary['seconds'])}"
         say(f"{self.finished_count:>3}/{self.total}  {arrows(training.recorded_path)}, seed {training.seed}: {outcome}")
@@ -147,10 +147,7 @@ class Progress:
         self.next = time.monotonic() + 1
         parts, shares = [], 0.0
         for training in list(self.runner.running):
-            done, epochs = (
-                len(training.run.records()),
-                (training.run.read(training.run.config_file) or {}).get("epochs"),
-            )
+            done, epochs = (len(training.run.records()), (training.run.config() or {}).get("epochs"))
             shares += done / epochs if epochs else 0
             parts.append(f"{arrows(training.recorded_path)} {done}/{epochs or '?'}")
         failed = len(self.runner.failed)

@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 from takd import files
 from takd.config import flags, run_config
 from takd.errors import UserError
+from takd.files import ANYTHING, TEXT, WHOLE
 from takd.run.run_directory import RunDirectory, differences
 from takd.study.collect import TRIALS
 from takd.study.plan import STUDY_FILE
 from takd.study.space import Parameter
 
 OWNED = ("repeat", "run_dir", "json", "measure")  # train.py's flags that the sweep sets
+SWEEP = {"sweep": {...: ANYTHING}, "trials": WHOLE, "failed": {...: TEXT}}  # the form of study.json
 Setting = dict[str, Any]  # {searched setting: value}
 
 
@@ -63,6 +65,7 @@ class Sweep:
                     f"{self.folder} holds another sweep ({changes}); give another --runs or delete that folder"
                 )
             (self.folder / "logs").mkdir(exist_ok=True)
+            files.remove_leftovers(self.folder, STUDY_FILE)
             files.save_json(noted | {"trials": max(trials, noted["trials"])}, self.study_file)
 
     def read(self) -> dict[str, Any]:
@@ -91,7 +94,7 @@ class Sweep:
         while config.teacher:
             config = config.teacher_config()
             run = RunDirectory(config.run_path)
-            summary = run.read(run.summary_file)  # None while the trials are only planned
+            summary = run.summary()  # None while the trials are only planned
             found.insert(0, run.path / (Path(summary["checkpoint"]).name if summary else config.best_file.name))
         return found
 
@@ -104,7 +107,7 @@ class Sweep:
     # ------------------------------------------------------------------------------------------ what there is of it
     def accuracy(self, number: int) -> float | None:
         """Best accuracy of a finished trial, in percent, on the split that selects the epoch."""
-        summary = self.trial(number).read(self.trial(number).summary_file)
+        summary = self.trial(number).summary()
         return summary and summary["best"]["accuracy_percent"]
 
     def note_failure(self, trial: str, reason: str) -> None:
@@ -115,8 +118,8 @@ class Sweep:
 
 def read(folder: Path) -> dict[str, Any]:
     """A sweep's study.json."""
-    contents = RunDirectory(folder).read(folder / STUDY_FILE)
-    if not isinstance(contents, dict) or "sweep" not in contents:
+    contents = files.read_json(folder / STUDY_FILE, SWEEP, f"{folder} holds no sweep; give another --runs")
+    if contents is None:
         raise UserError(f"{folder} holds no sweep; start one with sweep.py --runs {folder} and train.py's flags")
     return contents
 

@@ -1,6 +1,8 @@
 """Tables of a teacher's logits: equal to the teacher's, bound to what they depend on, shared, rebuilt if damaged."""
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +161,23 @@ def test_a_damaged_table_is_rebuilt(damage, teacher_file, split):
     assert any(line.startswith("warning:") and "rebuilding" in line for line in lines)
     for batch in epochs(split, 1):
         assert close(tabled(second, batch), live(second, batch))
+
+
+def test_a_disk_without_room_for_the_table(teacher_file, split, small_disk):
+    """Writing to a mapped file without room would end the process by SIGBUS. The file is one of an earlier version:
+    sparse, so that it has its size and no room."""
+    attach(teacher_of(teacher_file, split), split, teacher_file)
+    (file,) = table_files(teacher_file)
+    assert 512 * file.stat().st_blocks >= file.stat().st_size == 2 * 300 * 162 * 10
+    moved = Path(shutil.copy(teacher_file, small_disk("600k")))
+    table = Path(f"{moved}.logits") / file.name
+    table.parent.mkdir()
+    table.touch()
+    os.truncate(table, file.stat().st_size)
+    teacher = teacher_of(moved, split)
+    assert "No space left on device" in attach(teacher, split, moved, mode="auto")[-1] and teacher.table is None
+    with pytest.raises(UserError, match="No space left on device"):
+        attach(teacher, split, moved, mode="lazy")
 
 
 def test_a_resident_table_is_filled_before_the_epoch_and_written_in_the_background(teacher_file, split):

@@ -212,6 +212,7 @@ def claiming(shape):
         lambda data: data[: len(data) // 2],
         lambda data: data + b"x",
         lambda data: b"x" * 500,
+        lambda data: data[:9000] + bytes([data[9000] ^ 1]) + data[9001:],
         claiming((10**8, 3, 32, 32)),
         claiming((40, 3, 64, 16)),
     ],
@@ -219,8 +220,11 @@ def claiming(shape):
 def test_a_damaged_cache_is_rebuilt(cifar, damage):
     first = read(cifar)[0].train.images.clone()  # not the mapped file itself, which is about to shrink
     (cache,) = cifar.glob("takd-decoded-32-*.npy")
-    cache.write_bytes(damage(cache.read_bytes()))
-    assert torch.equal(read(cifar)[0].train.images, first)
+    data = cache.read_bytes()
+    cache.write_bytes(damage(data))
+    assert cache.read_bytes() != data
+    cache.with_name(f".{cache.name}.4711.tmp").write_text("left by a killed process")
+    assert torch.equal(read(cifar)[0].train.images, first) and not list(cifar.glob(".*"))
     assert not any("decoding" in line for line in read(cifar)[1])
 
 

@@ -83,6 +83,72 @@ def test_damaged_files(zipped, contents, tmp_path):
             model_factory.load(path, "plane2")
 
 
+@pytest.mark.parametrize("place", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_flipped_byte(place, contents, tmp_path):
+    """Among the weights it changes numbers only, which nothing but a digest finds."""
+    path = tmp_path / "file.pth.tar"
+    checkpoint.save(contents, path)
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+    refused(path, "cannot be read: damaged or cut off")
+
+
+TENSORS = {
+    "repeated numbers": lambda: torch.zeros(1).expand(10**12),
+    "no numbers": lambda: torch.empty(10**12, device="meta"),
+    "a sparse one": lambda: torch.zeros(4, 4).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_a_tensor_whose_numbers_are_not_in_the_file(kind, contents, tmp_path):
+    """Refused before anything copies it, compares it or computes its digest: it may ask for terabytes."""
+    contents["model_state_dict"]["conv_layers.0.bias"] = TENSORS[kind]()
+    torch.save(contents, tmp_path / "file.pth.tar")
+    refused(tmp_path / "file.pth.tar", "numbers")
+    with pytest.raises(UserError, match="numbers"):
+        checkpoint.weights_digest(tmp_path / "file.pth.tar")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("class_names", 5),
+        ("class_names", ["a", "b"]),
+        ("mean", [0.5]),
+        ("mean", [float("nan")] * 3),
+        ("std", [0.2, 0.2, 0]),
+        ("std", torch.ones(3)),
+        ("image_size", 10**6),
+        ("image_size", "32"),
+        ("path", "plane2"),
+        ("dataset", 3),
+        ("test_accuracy_percent", [1]),
+        ("epoch", -1),
+    ],
+)
+def test_metadata_of_a_wrong_form(key, value, contents, tmp_path):
+    torch.save(contents | {"classes": 10, key: value}, tmp_path / "file.pth.tar")
+    refused(tmp_path / "file.pth.tar", "is damaged: (class|mean|std|image|path|data|test|epoch|it names 2 of 10)")
+
+
+def test_a_users_file_is_run_only_where_it_is_named(contents, tmp_path, call):
+    """Whoever sends a checkpoint does not choose the code that reads it."""
+    ran, file = tmp_path / "ran", tmp_path / "net.py"
+    file.write_text(f"import os\nos.mkdir({str(ran)!r})\nfrom model_factory import PlaneCNN\nclass Net(PlaneCNN):\n"
+                    "    def __init__(self, classes): super().__init__('C16 MP C16 MP', classes)\n")  # fmt: skip
+    name = f"{file}:Net"
+    torch.save(contents | {"model": name, "classes": 10}, tmp_path / "file.pth.tar")
+    for other in (None, "plane2"):
+        with pytest.raises(UserError, match="net.py:Net"):
+            model_factory.load(tmp_path / "file.pth.tar", other)
+    outcome = call(evaluate, "--checkpoint", tmp_path / "file.pth.tar", "--dataset", "digits", "--cuda", "0")
+    assert outcome.status == 2 and f"add --model {name}" in outcome.err and outcome.err.count("\n") == 1
+    assert not ran.exists()
+    assert model_factory.load(tmp_path / "file.pth.tar", name)[1]["model"] == name and ran.exists()
+
+
 @pytest.mark.parametrize(
     "data",
     [b"hello\n", b"\x80\x02}q\x00.", b"PK\x03\x04 not a zip", bytes(range(256)) * 8, b"\x80\x04\x95"],

@@ -54,7 +54,7 @@ def test_a_run_without_a_setting_that_reports_need_is_left_out(key, three_seeds)
     del config[key]
     file.write_text(json.dumps(config))
     found = collect.collect([three_seeds])
-    assert len(found.runs) == 17 and found.unreadable == [f"{file.parent}: '{key}'"]
+    assert len(found.runs) == 17 and found.unreadable == [f"{file} cannot be read ({key} is missing)"]
 
 
 @pytest.mark.parametrize(
