@@ -57,7 +57,6 @@ from takd.files import Say
 from takd.images.augmentation import VIEWS
 from takd.images.folder import folder_digest
 from takd.images.split import Batch, Split, Transform, class_order
-from takd.process import Stopped, StopSignals
 from takd.run import checkpoint, engine, saved
 from takd.run.console import Console, defaults_line, setup_lines
 from takd.run.cuda_graph import WARM_UP, StepGraph
@@ -89,14 +88,14 @@ def main(argv: list[str] | None = None) -> None:
     if line := defaults_line(config):
         console.say(line)
     try:
-        with StopSignals() as signals:
+        with process.StopSignals() as signals:
             context = Context(world, console, signals)
             check_folders(config, world)
             if config.teacher and not config.teacher_checkpoint:
                 config = train_teacher_first(config, context)
             for each in config.repetitions():
                 summaries.append(run(each, context))
-    except Stopped as stop:
+    except process.Stopped as stop:
         world.end(stop.code)
     except UserError as error:
         status = 1 if summaries or config.origins.get("teacher_checkpoint") == ITS_OWN else 2  # 2: nothing was written
