@@ -12,6 +12,7 @@ tables and saves while the others wait). Rank 0 alone writes. launch.py starts t
 import datetime
 import inspect
 import os
+import socket
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
@@ -22,6 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from takd import process
 from takd.images.split import step_rows
+from takd.run import launch
 
 TIMEOUT = datetime.timedelta(days=7)
 
@@ -151,13 +153,23 @@ def join(device: str) -> World:
     if device == "cuda":
         torch.cuda.set_device(place.local_rank)
     try:
-        store, rank, size = next(rendezvous("env://"))
+        store, rank, size = _local_store(place) or next(rendezvous("env://"))
         distributed.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
         control = distributed.new_group(backend="gloo", timeout=TIMEOUT)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise ConnectionError(f"process {place.rank} of {place.size} cannot reach the others: {reason}") from None
     return World(rank, size, store, control)
+
+
+def _local_store(place: process.Place) -> tuple[Any, int, int] | None:
+    """(store, rank, size) of a group that launch.py started: PyTorch's own store would listen on all addresses."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if address != launch.ADDRESS or "TORCHELASTIC_RUN_ID" in os.environ:
+        return None
+    first = place.rank == 0
+    listening = {"master_listen_fd": socket.create_server((address, port)).detach()} if first else {}
+    return distributed.TCPStore(address, port, place.size, first, **listening), place.rank, place.size
 
 
 class DDPStudent:

@@ -16,6 +16,7 @@ from types import FrameType
 
 from takd.process import STOP_SIGNALS, threads_each
 
+ADDRESS = "127.0.0.1"  # where the processes of one machine find each other, and nobody else finds them
 PEER_FAILED = 76  # exit status of a process that ended only because another one did (EX_PROTOCOL of sysexits.h)
 NOTICE_SECONDS, KILL_SECONDS = 3, 15  # after a failure: until the others get SIGTERM, and until they are killed
 
@@ -40,7 +41,7 @@ def launch(count: int, command: list[str], say: Callable[[str], object]) -> int:
         for rank in range(count):
             environment = os.environ | {
                 "OMP_NUM_THREADS": threads,
-                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_ADDR": ADDRESS,
                 "MASTER_PORT": str(port),
                 "RANK": str(rank),
                 "WORLD_SIZE": str(count),
@@ -91,7 +92,7 @@ def _wait(children: list[subprocess.Popen]) -> dict[int, int]:
 
 def _free_port() -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((ADDRESS, 0))
         return probe.getsockname()[1]
 
 
