@@ -60,7 +60,7 @@ def read(config: RunConfig, directory: RunDirectory) -> dict[str, Any] | None:
     if not wrong and len(records) != state["epoch"]:
         wrong = f"it is after {state['epoch']} epochs, and {len(records)} are recorded"
     if not wrong and best is not None and (state["best_network"] or {}).get("epoch") not in (best, state["epoch"]):
-        wrong = f"the best epoch is {best}, and its network is gone"
+        wrong = f"the best epoch is {best + 1}, and its network is gone"
     if wrong or state["epoch"] > config.epochs or not len(sums["rows"]) == len(sums["images"]) == step:
         raise UserError(f"{file} does not fit the run's other files: {wrong or 'wrong lengths'}; {again}")
     return state
