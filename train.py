@@ -88,14 +88,14 @@ def main(argv: list[str] | None = None) -> None:
     if line := defaults_line(config):
         console.say(line)
     try:
-        with process.StopSignals() as signals:
+        with StopSignals() as signals:
             context = Context(world, console, signals)
             check_folders(config, world)
             if config.teacher and not config.teacher_checkpoint:
                 config = train_teacher_first(config, context)
             for each in config.repetitions():
                 summaries.append(run(each, context))
-    except process.Stopped as stop:
+    except Stopped as stop:
         world.end(stop.code)
     except UserError as error:
         status = 1 if summaries or config.origins.get("teacher_checkpoint") == ITS_OWN else 2  # 2: nothing was written
