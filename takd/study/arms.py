@@ -19,7 +19,8 @@ from takd.study import plan
 from takd.study.collect import APART, Group, Run
 from takd.study.plan import NetworkPath
 
-DATA = ("dataset", "images", "image_size", "train_images", "validation_split")  # equal in all arms that are compared
+# Equal in all arms that are compared:
+DATA = ("dataset", "images", "image_size", "train_images", "test_images", "validation_split")
 SYMBOLS = {"temperature": "T", "lambda": "λ"}
 SAME_STEPS = 0.02  # numbers of training steps that differ by less are equal
 
