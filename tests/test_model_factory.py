@@ -343,12 +343,12 @@ def test_the_users_network_is_trained_scored_and_used_as_a_teacher(own, tmp_path
     assert outcome.status == 0, outcome.err
     (best,) = (tmp_path / "own").glob("*_best.pth.tar")
     assert best.name.endswith("my_nets.py-Net_seed1_best.pth.tar")
-    result = json.loads(call(evaluate, "--checkpoint", best, "--cuda", "0", "--json").out)
+    result = json.loads(call(evaluate, "--checkpoint", best, "--model", net, "--cuda", "0", "--json").out)
     assert result["model"] == net
     assert result["test_accuracy_percent"] == pytest.approx(result["recorded_test_accuracy_percent"])
     (tmp_path / "moved").mkdir()
     moved = f"{shutil.move(own, tmp_path / 'moved/my_nets.py')}:Net"
-    lost = call(evaluate, "--checkpoint", best, "--cuda", "0")
+    lost = call(evaluate, "--checkpoint", best, "--model", net, "--cuda", "0")
     assert (lost.status, lost.err.count("\n")) == (2, 1) and "cannot be read" in lost.err
     assert call(evaluate, "--checkpoint", best, "--model", moved, "--cuda", "0").status == 0
     teacher = ("--teacher", moved, "--teacher-checkpoint", best)

@@ -209,7 +209,7 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        return self.run.summary_file.exists() and self.checkpoint.is_file()
+        return self.run.summary_file.exists()
 
     @property
     def checkpoint(self) -> Path:
