@@ -57,6 +57,7 @@ from takd.files import Say
 from takd.images.augmentation import VIEWS
 from takd.images.folder import folder_digest
 from takd.images.split import Batch, Split, Transform, class_order
+from takd.process import Stopped, StopSignals
 from takd.run import checkpoint, engine, saved
 from takd.run.console import Console, defaults_line, setup_lines
 from takd.run.cuda_graph import WARM_UP, StepGraph
