@@ -80,7 +80,7 @@ def outline(config: RunConfig, pixels: bool = False, say: Say = lambda line: Non
     if config.train_images:
         splits = splits._replace(train=fewer(splits.train, config.train_images))
     if config.test_images:
-        splits = splits._replace(test=fewer(splits.test, config.test_images, "test"))
+        splits = splits._replace(test=fewer(splits.test, config.test_images))
     own = {key: value for key, value in names.declared_input(config.student).items() if key != "image_size"}
     transform = splits.train.transform._replace(**{key: tuple(value) for key, value in own.items()})
     splits = Splits(*(part and dataclasses.replace(part, transform=transform) for part in splits))

@@ -154,7 +154,7 @@ def evaluate(
         raise UserError(f"{path} was trained for {metadata['classes']} classes; {dataset} has {len(outline.classes)}")
     if key not in splits:
         test = data_loader.read(dataset, args.dataset_dir, say=warn, **options).test
-        test = fewer(test, args.test_images, "test") if args.test_images else test
+        test = fewer(test, args.test_images) if args.test_images else test
         splits[key] = test.to(torch.device(args.device))
     test = splits[key]
     network.to(test.device, memory_format=torch.channels_last)

@@ -66,7 +66,7 @@ class Split:
     @property
     def part(self) -> str:
         """Which of the data set's: "train", "test", or "val" where a folder has that in place of test."""
-        return self.name.rpartition("/")[2]
+        return self.name.rpartition("/")[2].partition("-")[0]
 
     @property
     def device(self) -> torch.device:
@@ -172,11 +172,13 @@ def hold_out(train: Split, amount: float) -> tuple[Split, Split]:
     return kept, train.subset(chosen[:count].sort().values, f"{prefix}/validation-{count}")
 
 
-def fewer(split: Split, count: int, part: str = "train") -> Split:
-    """`count` images of the part "train" or "test", the same share of each class, the same ones whatever the seed."""
+def fewer(split: Split, count: int) -> Split:
+    """`count` images of a split, the same share of each class, the same ones whatever the seed."""
     if count > len(split):
-        raise UserError(f"--{part}-images {count}: there are {len(split)} images to {part}{' on' * (part == 'train')}")
-    return split.subset(_stratified_order(split)[:count].sort().values, f"{split.name.split('/')[0]}/{part}-{count}")
+        flag, purpose = ("train", "train on") if split.part == "train" else ("test", "test")
+        raise UserError(f"--{flag}-images {count}: there are {len(split)} images to {purpose}")
+    name = f"{split.name.split('/')[0]}/{split.part}-{count}"
+    return split.subset(_stratified_order(split)[:count].sort().values, name)
 
 
 def _stratified_order(train):
