@@ -364,7 +364,7 @@ def from_state(
 
     Raises a UserError naming `source` if a key is missing, unexpected or of another shape: loading is always strict.
     """
-    whole, state_dict = state_dict, strip_prefixes(state_dict)
+    whole, state_dict = state_dict, checkpoint.strip_prefixes(state_dict)
     if re.fullmatch(r"resnet\d+a", name):  # its name in most option-A files
         state_dict = {re.sub(r"^linear\.", "fc.", key): value for key, value in state_dict.items()}
     classes = classes_of(state_dict, name, classes)
@@ -404,14 +404,6 @@ def start_from(path: str | Path, name: str, network: nn.Module, classes: Sequenc
         what = f"its {name}, for {metadata['classes']} classes, has other layers than that for {len(classes)}"
         raise UserError(f"--init-from {path}: {what} ({_some(odd)})")
     load_weights(network, state)
-
-
-def strip_prefixes(state_dict: State) -> State:
-    """Without prefixes of DataParallel (`module.`), torch.compile (`_orig_mod.`) and Lightning (`model.`)."""
-    for prefix in ("module.", "_orig_mod.", "model.") * 3:
-        if state_dict and all(key.startswith(prefix) for key in state_dict):
-            state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
-    return state_dict
 
 
 def classes_of(state_dict: State, name: str, recorded: int | None = None) -> int | None:
@@ -454,10 +446,8 @@ def load(path: str | Path, name: str | None = None, image_size: int | None = Non
         raise UserError(f"{path} holds a network of your own, {recorded}; {fix}")
     try:
         name = names.network(name or recorded)
-        if recorded and names.is_file(recorded):  # it may have been moved since
-            other = Path(recorded).name != Path(name).name
-        else:
-            other = recorded and names.network(recorded) != name
+        own = recorded and names.is_file(recorded)  # a file, which may have been moved since
+        other = recorded and (Path(recorded).name != Path(name).name if own else names.network(recorded) != name)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     if other:

@@ -23,7 +23,6 @@ import contextlib
 import copy
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -64,7 +63,7 @@ from takd.run.cuda_graph import WARM_UP, StepGraph
 from takd.run.distributed import World, join, part_of
 from takd.run.engine import TrainStep
 from takd.run.run_directory import RunDirectory
-from takd.run.trainer import Context, Trainer, outcome_line
+from takd.run.trainer import Context, Trainer, hardware_notes, outcome_line, repetition_line
 
 ITS_OWN = "its own run"  # the origin of the checkpoint of a teacher that was trained first
 SMALLER = "a smaller --batch-size, --teacher-cache live, or fewer runs at once (--jobs) need less"
@@ -263,14 +262,6 @@ def hardware(config: RunConfig, precision: str, processes: int, cpu: Any) -> str
     return f"{config.device}, {precision}, {several}{torch.get_num_threads()} threads{slower}"
 
 
-def hardware_notes(device: str | None, precision: str, processes: int, image_size: int) -> Iterator[str]:
-    """What would be faster here."""
-    if precision == "bf16" and not evaluation.native_bf16(torch.device(device or "cpu")):
-        yield "warning: this hardware emulates bf16: --precision fp32 is faster"
-    if device == "cuda" and processes > 1 and image_size <= 64:
-        yield "note: for networks this small, one run per GPU is more efficient: distill_paths.py --gpus 0 1"
-
-
 # --------------------------------------------------------------------------- teacher, student, method, optimiser
 def load_teacher(
     config: RunConfig, splits: data_loader.Splits, precision: str, cpu: Any, say: Say, progress: Progress = no_progress
@@ -430,18 +421,6 @@ def step_graph(config: RunConfig, step: TrainStep, processes: int, say: Say) -> 
 
 
 # ------------------------------------------------------------------------------------- several runs, measurements
-def repetition_line(summaries: list[dict[str, Any]]) -> str:
-    """Several runs in one line: mean and standard deviation."""
-    outcomes = []
-    for which in ("best", "last"):
-        values = [summary[which]["test_accuracy_percent"] for summary in summaries]
-        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        outcomes.append(f"{statistics.fmean(values):.2f}{spread} % at the {which} epoch")
-    seeds = " ".join(str(summary["seed"]) for summary in summaries)
-    runs, part = f"{len(summaries)} run{'s' * (len(summaries) > 1)}", summaries[0].get("test_split", "test")
-    return f"repeated  {runs}, seeds {seeds}: {part} {', '.join(outcomes)}"
-
-
 def measure(config: RunConfig) -> None:
     """For each network of --measure a JSON line: images per second in training and evaluation, and parameters."""
     if names.DATASETS[config.dataset].classes is None:

@@ -147,9 +147,11 @@ def own(tmp_path):
 
 def test_the_users_network_with_its_own_normalisation(own, onnxruntime, tmp_path, call, quick):
     file = own("Linear")
-    outcome = call(export, "--checkpoint", file, "--output", tmp_path / "own.onnx")
+    name = checkpoint.read(file)["model"]
+    outcome = call(export, "--checkpoint", file, "--model", name, "--output", tmp_path / "own.onnx")
     assert outcome.status == 0, outcome.err
-    session, (network, metadata) = onnxruntime.InferenceSession(str(tmp_path / "own.onnx")), model_factory.load(file)
+    session = onnxruntime.InferenceSession(str(tmp_path / "own.onnx"))
+    network, metadata = model_factory.load(file, name)
     pixels = torch.randint(256, (5, 3, 8, 8))
     mean, std = (torch.tensor(metadata[key]).reshape(3, 1, 1) for key in ("mean", "std"))
     assert metadata["std"] == (0.5, 0.6, 0.7)
@@ -158,7 +160,9 @@ def test_the_users_network_with_its_own_normalisation(own, onnxruntime, tmp_path
 
 @pytest.mark.slow
 def test_a_network_that_cannot_be_exported(own, onnxruntime, tmp_path, call):
-    outcome = call(export, "--checkpoint", own("Branching"), "--output", tmp_path / "own.onnx")
+    file = own("Branching")
+    name = checkpoint.read(file)["model"]
+    outcome = call(export, "--checkpoint", file, "--model", name, "--output", tmp_path / "own.onnx")
     assert (outcome.status, outcome.err.count("\n")) == (2, 1) and "Branching cannot be exported: " in outcome.err
     assert not (tmp_path / "own.onnx").exists()
 

@@ -10,10 +10,12 @@ import statistics
 import pytest
 from conftest import listing, read_json, wait_until
 
+import model_factory
 import report
 import sweep
 from takd.config import run_config
 from takd.files import is_locked
+from takd.run import checkpoint
 from takd.study import space
 from takd.study.search import Draws, TrialState, Worker
 
@@ -182,7 +184,9 @@ def test_every_setting_is_made_once_with_every_seed_whoever_makes_it(make_sweep)
     assert workers[0].next_trial() is None, "the space holds no other setting"
 
 
-def test_the_same_command_tops_up_and_another_is_refused(make_sweep, call, space_file, teacher_file, tmp_path):
+def test_the_same_command_tops_up_and_another_is_refused(make_sweep, call, space_file, tmp_path):
+    plane4 = tmp_path / "plane4.pth.tar"
+    checkpoint.save({"model": "plane4", "model_state_dict": model_factory.create("plane4", 10).state_dict()}, plane4)
     made = make_sweep()
     made.record(1)
     first = Worker(made, [], 1, print).next_trial()
@@ -198,7 +202,7 @@ def test_the_same_command_tops_up_and_another_is_refused(make_sweep, call, space
         (SIX, ("--epochs", "3"), "epochs 2 there, 3 now"),
         (other, (), r'temperature "choice \[1, 4, 10\]" there, "choice \[1, 4\]" now'),
         (SIX | {"seed": {"_type": "choice", "_value": [20]}}, (), r"seed \[20, 31\] there, \[20\] now"),
-        (SIX, ("--teacher-checkpoint", teacher_file), "teacher_checkpoint null there, .* now"),
+        (SIX, ("--teacher-checkpoint", plane4), "teacher_checkpoint null there, .* now"),
         (SIX, ("--train-images", "100"), "train_images null there, 100 now"),
     ):
         outcome = call(sweep, *PAIR, "--space", space_file(contents), "--runs", tmp_path / "runs", *argv)

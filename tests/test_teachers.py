@@ -98,7 +98,7 @@ def test_a_stopped_run_leaves_out_the_same_terms(files, tmp_path, call, tiny, mo
         patch.setattr(TrainStep, "__call__", stopping)
         assert call(train, *command, "--run-dir", tmp_path / "run").status == 128 + signal.SIGTERM
     again = call(train, *command, "--run-dir", tmp_path / "run")
-    assert again.status == 0 and "continuing at epoch 1, step 2" in again.out
+    assert again.status == 0 and "continuing at epoch 2, step 2" in again.out
     assert same_weights(last_weights(tmp_path / "run"), last_weights(tmp_path / "whole"))
 
 

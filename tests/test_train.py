@@ -87,7 +87,7 @@ def test_console_lines(distilled):
     out = distilled[1].out.splitlines()
     heading = next(i for i, line in enumerate(out) if line.split()[:2] == ["epoch", "lr"])
     rows = out[heading + 1 : heading + 3]
-    assert [row.split()[0] for row in rows] == ["0/1", "1/1"] and len({len(row) for row in rows}) == 1
+    assert [row.split()[0] for row in rows] == ["1/2", "2/2"] and len({len(row) for row in rows}) == 1
     assert out[-1].startswith("done ") and len(out) == heading + 4
     assert any(re.match(r"teacher +\d\d\.\d\d % on digits/test", line) for line in out)
     assert distilled[1].err == ""

@@ -106,7 +106,9 @@ def test_a_network_with_a_module_named_like_a_wrapper(contents, scored, tmp_path
         "    def forward(self, images):\n        return self.model(images)\n"
     )
     weights = {"model.1.weight": torch.zeros(10, 3072), "model.1.bias": torch.arange(10.0)}
-    outcome = scored(contents | {"model_state_dict": weights, "model": "my_nets.py:Wrapped"})
+    outcome = scored(
+        contents | {"model_state_dict": weights, "model": "my_nets.py:Wrapped"}, "--model", "my_nets.py:Wrapped"
+    )
     assert outcome.status == 0, outcome.err
     nines = 100 * float((data_loader.read("digits").test.labels == 9).double().mean())
     assert outcome.test_accuracy_percent == pytest.approx(nines)

@@ -12,6 +12,7 @@ import model_factory
 import train
 from takd.distill import evaluation, logit_table
 from takd.errors import UserError
+from takd.run import trainer
 
 FEW = ("--student", "plane2", "--dataset", "digits")
 USAGE_ERRORS = {
@@ -272,10 +273,10 @@ def test_out_of_memory_on_a_gpu_is_one_line(tmp_path, call, tiny, teacher_file):
 
 def test_hardware_notes(monkeypatch):
     monkeypatch.setattr(evaluation, "native_bf16", lambda device: False)
-    assert list(train.hardware_notes("cpu", "fp32", 2, 32)) == []
-    assert "emulates bf16" in list(train.hardware_notes("cpu", "bf16", 1, 32))[0]
-    assert "--gpus 0 1" in list(train.hardware_notes("cuda", "fp32", 2, 32))[0]
-    assert list(train.hardware_notes("cuda", "fp32", 2, 224)) == []
+    assert list(trainer.hardware_notes("cpu", "fp32", 2, 32)) == []
+    assert "emulates bf16" in list(trainer.hardware_notes("cpu", "bf16", 1, 32))[0]
+    assert "--gpus 0 1" in list(trainer.hardware_notes("cuda", "fp32", 2, 32))[0]
+    assert list(trainer.hardware_notes("cuda", "fp32", 2, 224)) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

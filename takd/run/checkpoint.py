@@ -156,3 +156,11 @@ def load_weights(network: nn.Module, state_dict: Mapping[str, torch.Tensor]) -> 
     own = network.state_dict()
     own.update(state_dict)
     network.load_state_dict(own)
+
+
+def strip_prefixes(state_dict: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    """Without prefixes of DataParallel (`module.`), torch.compile (`_orig_mod.`) and Lightning (`model.`)."""
+    for prefix in ("module.", "_orig_mod.", "model.") * 3:
+        if state_dict and all(key.startswith(prefix) for key in state_dict):
+            state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    return state_dict

@@ -168,7 +168,7 @@ def _local_store(place: process.Place) -> tuple[Any, int, int] | None:
     if address != launch.ADDRESS or "TORCHELASTIC_RUN_ID" in os.environ:
         return None
     first = place.rank == 0
-    listening = {"master_listen_fd": socket.create_server((address, port)).detach()} if first else {}
+    listening: dict[str, Any] = {"master_listen_fd": socket.create_server((address, port)).detach()} if first else {}
     return distributed.TCPStore(address, port, place.size, first, **listening), place.rank, place.size
 
 

@@ -8,6 +8,7 @@ an uninterrupted one.
 
 import copy
 import os
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -289,6 +290,26 @@ class Trainer:
 
 def _seconds(records: list[Record]) -> float:
     return sum(line["train_seconds"] + line["evaluation_seconds"] for line in records)
+
+
+def hardware_notes(device: str | None, precision: str, processes: int, image_size: int) -> Iterator[str]:
+    """What would be faster here."""
+    if precision == "bf16" and not evaluation.native_bf16(torch.device(device or "cpu")):
+        yield "warning: this hardware emulates bf16: --precision fp32 is faster"
+    if device == "cuda" and processes > 1 and image_size <= 64:
+        yield "note: for networks this small, one run per GPU is more efficient: distill_paths.py --gpus 0 1"
+
+
+def repetition_line(summaries: list[dict[str, Any]]) -> str:
+    """Several runs in one line: mean and standard deviation."""
+    outcomes = []
+    for which in ("best", "last"):
+        values = [summary[which]["test_accuracy_percent"] for summary in summaries]
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        outcomes.append(f"{statistics.fmean(values):.2f}{spread} % at the {which} epoch")
+    seeds = " ".join(str(summary["seed"]) for summary in summaries)
+    runs, part = f"{len(summaries)} run{'s' * (len(summaries) > 1)}", summaries[0].get("test_split", "test")
+    return f"repeated  {runs}, seeds {seeds}: {part} {', '.join(outcomes)}"
 
 
 def outcome_line(summary: Record) -> str:

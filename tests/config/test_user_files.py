@@ -89,7 +89,7 @@ class Own(methods.METHODS["kd"]):
     outcome = run_command("train.py", *command, *more, "--run-dir", tmp_path / "run", cwd=place)
     assert (outcome.status, outcome.err) == (0, ""), outcome
     (best,) = (tmp_path / "run").glob("*_best.pth.tar")
-    scored = run_command("evaluate.py", "--checkpoint", best, "--cuda", "0", cwd=place)
+    scored = run_command("evaluate.py", best, "--model", place / "net.py:Net", "--cuda", "0", cwd=place)
     assert (scored.status, scored.err) == (0, "") or "does not beat guessing" in scored.err
 
 
