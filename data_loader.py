@@ -109,9 +109,9 @@ def read(
         arrays, classes = cifar_files.digits()
     elif name == "folder":
         arrays, classes, files = folder.read(name, place, size, say, pixels)
-    elif not pixels and ((place / cifar_files.FOLDERS[name]).is_dir() or not (place / name).is_dir()):
+    elif not pixels and ((place / names.CIFAR_FOLDERS[name]).is_dir() or not (place / name).is_dir()):
         arrays, classes = cifar_files.outline(name)
-    elif (place / cifar_files.FOLDERS[name]).is_dir():
+    elif (place / names.CIFAR_FOLDERS[name]).is_dir():
         arrays, classes = cifar_files.read(name, place, say)
     elif (place / name).is_dir():
         arrays, classes, _ = folder.read(name, place / name, spec.image_size, say, pixels)
@@ -143,7 +143,7 @@ def main() -> None:
     place = Path(ARGUMENTS.dataset_dir)
     for name in ARGUMENTS.download:
         splits = read(name, ARGUMENTS.dataset_dir, say=print)
-        found = next(path for path in (place / cifar_files.FOLDERS[name], place / name) if path.is_dir())
+        found = next(path for path in (place / names.CIFAR_FOLDERS[name], place / name) if path.is_dir())
         print(f"{name} is in {found}: {len(splits.train)} images to train, {len(splits.test)} to test, checked")
 
 

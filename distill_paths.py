@@ -150,15 +150,20 @@ def check_places(args: argparse.Namespace, common: Mapping[str, Any]) -> None:
 
 # --------------------------------------------------------------------------------------------------- the plan
 def show_plan(study: Study, trainings: Sequence[Training], configs: Mapping[Training, RunConfig]) -> None:
-    """The tree, the numbers, the estimate and the commands."""
+    """What is missing, the commands, the tree and, at the end, the numbers."""
     args, dataset = study.args, next(iter(configs.values())).dataset
+    for line in missing(study, trainings, configs):
+        print(line)
     costs = known_costs(study, configs)
     jobs = args.jobs or len(args.gpus or ()) or 1
     seconds, total, disk = estimate.estimate(trainings, configs, costs, jobs) if costs else ({}, 0.0, 0.0)
-    count, done = len(trainings), sum(training.finished for training in trainings)
-    seeds = " ".join(map(str, args.seeds))
-    print(f"{study.sizes[0]} > ... > {study.sizes[-1]} on {dataset}: {count} trainings", end=" ")
-    print(f"({count // len(args.seeds)} per seed, seeds {seeds}), {done} finished; {args.runs}\n")
+    left = [training for training in trainings if not training.finished]
+    print("\n".join(["commands:", *(shlex.join(command_of(training)) for training in left), ""]))
+    seeds, each, done = " ".join(map(str, args.seeds)), len(trainings) // len(args.seeds), len(trainings) - len(left)
+    alone = len({training.path for training in trainings if len(training.path) == 1}) - 1
+    print(f"{study.sizes[0]} > ... > {study.sizes[-1]} on {dataset}, in {args.runs}: ", end="")
+    print(f"{len(trainings)} trainings ({each} per seed, seeds {seeds}), {done} finished")
+    print(f"per seed {each - alone} of the teacher and the paths, and {alone} of the other sizes alone (NOKD)\n")
     by_path: dict[plan.NetworkPath, list[Training]] = {}
     for training in trainings:
         by_path.setdefault(training.path, []).append(training)
@@ -174,10 +179,13 @@ def show_plan(study: Study, trainings: Sequence[Training], configs: Mapping[Trai
             f"\nestimate: {duration(total)} for what is left, {jobs} at once, plus some seconds to start each;", end=" "
         )
         print(f"{disk / 1e9:.2f} GB on disk at the end, tables included")
-    print("\ncommands:")
-    for training in trainings:
-        if not training.finished:
-            print(shlex.join(command_of(training)))
+
+
+def missing(study: Study, trainings: Sequence[Training], configs: Mapping[Training, RunConfig]) -> Iterator[str]:
+    """A line for the images, and one for the teacher, where they are not there yet."""
+    yield from plan.missing_images(next(iter(configs.values())), study.args.slurm)
+    if seeds := [str(each.seed) for each in trainings if each.path == study.sizes[:1] and not each.finished]:
+        yield f"missing  {study.sizes[0]}, the teacher, of seed {' '.join(seeds)}: trained first"
 
 
 def drawn_tree(paths: Sequence[plan.NetworkPath]) -> Iterator[tuple[str, plan.NetworkPath]]:
@@ -246,7 +254,7 @@ def run_here(args: argparse.Namespace, trainings: Sequence[Training]) -> int:
     return 0 if reported and not runner.failed else 1
 
 
-def on_slurm(study: Study, trainings: Sequence[Training]) -> int:
+def on_slurm(study: Study, trainings: Sequence[Training], configs: Mapping[Training, RunConfig]) -> int:
     """Submit, or with --dry-run print; returns the exit status."""
     args = study.args
     site = slurm.Site(**{key: getattr(args, key) for key in SITE})
@@ -258,7 +266,7 @@ def on_slurm(study: Study, trainings: Sequence[Training]) -> int:
         print(f"in queue  {name} ({job_id})")
     slurm.send(trainings, args.pack or 1, ["distill_paths.py", *words], ["report.py", str(args.runs)], queued, submit)
     if args.dry_run:
-        print("\n".join(submit.lines))
+        print("\n".join([*(f"# {line}" for line in missing(study, trainings, configs)), *submit.lines]))
     return 0
 
 
@@ -293,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         if not args.only and not args.dry_run:
             plan.record(args.runs, trainings)
         if args.slurm:
-            sys.exit(on_slurm(study, trainings))
+            sys.exit(on_slurm(study, trainings, configs))
         if args.dry_run:
             sys.exit(show_plan(study, trainings, configs))
         sys.exit(run_here(args, trainings))

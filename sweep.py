@@ -32,7 +32,7 @@ from takd import files, process
 from takd.config import flags, run_config
 from takd.config.flags import number
 from takd.errors import UserError
-from takd.study import collect, ranking, slurm, space, sweep
+from takd.study import collect, plan, ranking, slurm, space, sweep
 from takd.study.sweep import Sweep
 
 HERE = Path(__file__).resolve().parent
@@ -157,7 +157,7 @@ def submit(args: argparse.Namespace, searched: Sweep) -> None:
     send.site = dataclasses.replace(site, sbatch=[*(site.sbatch or []), f"--array=1-{args.workers or 1}"])
     send(job("workers", ["sweep.py", *flags.words(own | args.common)]), teacher and f"afterok:{teacher}")
     if args.dry_run:
-        print("\n".join(send.lines))
+        print("\n".join([*(f"# {line}" for line in plan.missing_images(searched.base, on_slurm=True)), *send.lines]))
 
 
 def main(argv: list[str] | None = None) -> None:

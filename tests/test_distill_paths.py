@@ -31,12 +31,22 @@ def test_a_dry_run_prints_tree_estimate_and_commands_and_writes_nothing(call, tm
     outcome = call(distill_paths, "--sizes", "plane4", "plane2", *DIGITS, "--seeds", 3, 5, "--runs", runs, "--dry-run")
     assert not outcome.status, outcome.err
     assert "└── plane2" in outcome.out and "6 trainings (3 per seed, seeds 3 5), 0 finished" in outcome.out
-    assert re.search(r"estimate: \d+:\d\d .* [\d.]+ GB", outcome.out)
+    assert outcome.out.startswith("missing  plane4, the teacher, of seed 3 5: trained first\n")
+    assert "per seed 2 of the teacher and the paths, and 1 of the other sizes alone (NOKD)" in outcome.out
+    assert re.search(r"estimate: \d+:\d\d .* [\d.]+ GB", outcome.out.splitlines()[-1])
     commands = commands_of(outcome.out)
     assert [value_of(command, "--seed") for command in commands] == ["3", "3", "3", "5", "5", "5"]
     assert value_of(commands[1], "--teacher-checkpoint") == str(runs / "plane4-seed3" / "plane4_seed3_best.pth.tar")
     assert all(value_of(command, "--precision") == "fp32" for command in commands)
     assert not runs.exists()
+
+
+def test_a_dry_run_begins_with_what_is_missing(call, tmp_path):
+    command = ("--family", "plane", "--dataset", "cifar100", "--dataset-dir", tmp_path, "--cuda", 0, "--dry-run")
+    lines = call(distill_paths, *command, "--slurm", "--runs", tmp_path / "runs").out.splitlines()
+    fetch = f"python3 data_loader.py --download cifar100 --dataset-dir {tmp_path}"
+    assert lines[0] == f"# missing  cifar100: not in {tmp_path}; fetch it with {fetch}"
+    assert lines[1] == "# missing  plane10, the teacher, of seed 1: trained first" and "missing" not in lines[2]
 
 
 # ----------------------------------------------------------------------------------------- settings of a step

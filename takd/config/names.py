@@ -152,6 +152,8 @@ DATASETS = {
     "folder": Dataset(None, None, None, IMAGENET_MEAN, IMAGENET_STD, image_size=224),
 }
 
+CIFAR_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # torchvision's layout
+
 
 def dataset(name: str) -> str:
     """The canonical spelling of a data set's name: any case, `CIFAR-100` is accepted. Unknown names are UserErrors."""

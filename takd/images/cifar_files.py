@@ -7,13 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from takd.config.names import DATASETS
+from takd.config.names import CIFAR_FOLDERS, DATASETS
 from takd.errors import UserError
 from takd.files import Say, locked
 from takd.process import killable
 
 Arrays = tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...]]  # {part: (images, labels)}, class names
-FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 DOWNLOAD_TIMEOUT_SECONDS = 20  # of silence: a compute node without a network gets an error soon instead of hanging
 
 
@@ -55,7 +54,7 @@ def downloaded(name: str, dataset_dir: Path, allowed: bool, say: Say) -> Arrays:
     lock, made, before = dataset_dir / f".{name}.lock", not dataset_dir.exists(), socket.getdefaulttimeout()
     try:
         with locked(lock, f"the download of {name}", wait=True, say=say):
-            if not (dataset_dir / FOLDERS[name]).is_dir():
+            if not (dataset_dir / CIFAR_FOLDERS[name]).is_dir():
                 say(f"{name} is not in {dataset_dir}: downloading it")
             socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
             with killable():
@@ -80,7 +79,7 @@ def _torchvision(name, dataset_dir, download):
             images = np.ascontiguousarray(data.data.transpose(0, 3, 1, 2))
             arrays[part] = images, np.asarray(data.targets, dtype=np.int64)
     except RuntimeError:
-        folder, steps = dataset_dir / FOLDERS[name], _manual_steps(name, dataset_dir)
+        folder, steps = dataset_dir / CIFAR_FOLDERS[name], _manual_steps(name, dataset_dir)
         raise UserError(f"{folder} is incomplete or damaged (checksums differ); delete it, then {steps}") from None
     return arrays, tuple(data.classes)
 

@@ -9,7 +9,7 @@ guidance "all", from all of them (Son et al., ICCV 2021); its records then have 
 import itertools
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,6 +268,17 @@ def plan(
         if not any(step.applies_to(path) for path, _ in trainings):
             raise UserError(f"--set {step.text}: no training of the plan ends with {','.join(step.ending)}")
     return list(trainings.values())
+
+
+def missing_images(config: RunConfig, on_slurm: bool) -> Iterator[str]:
+    """A line on images that are not there yet. Jobs `on_slurm` download nothing."""
+    place, name = Path(config.dataset_dir or "data"), config.dataset
+    if name == "folder" and not (place / "train").is_dir():
+        yield f"missing  images: no folder {place / 'train'}; give another --dataset-dir"
+    if name in names.CIFAR_FOLDERS and not any((place / each).is_dir() for each in (names.CIFAR_FOLDERS[name], name)):
+        command = f"python3 data_loader.py --download {name} --dataset-dir {shlex.quote(str(place))}"
+        how = f"fetch it with {command}" if on_slurm or config.download is False else "the first training downloads it"
+        yield f"missing  {name}: not in {place}; {how}"
 
 
 def record(folder: Path, trainings: Iterable[Training]) -> None:
