@@ -1,7 +1,7 @@
 # PYTHON is used as it is where it has what the goal needs; else .venv is made with it. What that is, by module:
 PYTHON ?= python3
 DEV := $(filter-out demo,$(MAKECMDGOALS))
-NEEDS := torch torchvision numpy sklearn PIL tensorboard tqdm scipy matplotlib $(if $(DEV),optuna pytest xdist ruff mypy)
+NEEDS := torch torchvision numpy sklearn PIL tensorboard tqdm matplotlib $(if $(DEV),optuna pytest xdist ruff mypy)
 MISSING := $(shell $(PYTHON) -c 'from importlib.util import find_spec as f; print(*(m for m in "$(NEEDS)".split() if not f(m)))')
 ifeq ($(MISSING),)
 RUN := $(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON))
