@@ -22,18 +22,23 @@ def test_the_dockerfile_copies_what_exists_and_installs_what_make_installs():
     assert {".git", ".venv", "runs"} <= ignored and not {"*.py", "*.c", "takd", "takd/cpu"} & ignored
 
 
+def make(goal, python, **more):
+    """What `make -n` would do, though these tests may run under `make` themselves."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")} | more
+    command = ["make", "-n", goal, f"PYTHON={python}"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("goal", ["demo", "test", "lint"])
 def test_make_installs_nothing_where_everything_is_there(goal):
-    planned = subprocess.run(["make", "-n", goal, f"PYTHON={sys.executable}"], cwd=ROOT, capture_output=True, text=True)
+    planned = make(goal, sys.executable)
     assert planned.returncode == 0 and planned.stdout.startswith(sys.executable) and "pip" not in planned.stdout
 
 
 def test_make_without_torch_makes_an_environment_and_with_torch_alone_names_what_is_missing(tmp_path):
     """-S: a Python without any packages; PYTHONPATH gives it one."""
-    command = ["make", "-n", "demo", f"PYTHON={sys.executable} -S"]
-    bare = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    bare = make("demo", f"{sys.executable} -S")
     assert bare.returncode == 0 and "-m venv .venv" in bare.stdout
     (tmp_path / "torch.py").touch()
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    partial = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    partial = make("demo", f"{sys.executable} -S", PYTHONPATH=str(tmp_path))
     assert partial.returncode and "has torch but not torchvision numpy" in partial.stderr and not partial.stdout

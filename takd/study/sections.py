@@ -33,12 +33,7 @@ def study_section(document: Document, found: Study, only: bool) -> None:
     document.heading(found.title if only or not found.folder else f"{found.title} ({found.folder})", 1 if only else 2)
     document.text(*lead(found, best))
     paper = published.papers(found)
-    beside = " and the paper's number" if paper else ""
-    caption = (
-        "Every path, as in figure 5 of the paper: test accuracy at the best epoch in percent, the mean over seeds with "
-        f"its standard deviation{beside} below. The best path is marked; dashed ones are not finished."
-    )
-    document.figure(f"figures/{slug}-paths", figures.paths(found, paper), caption)
+    document.figure(f"figures/{slug}-paths", figures.paths(found, paper), paths_caption(found, bool(paper)))
     document.heading("All paths", 3)
     ranked = sorted(found.ends, key=lambda path: -(found.mean(path) or -1))
     shown = dict.fromkeys([*ranked, (found.student,), (found.teacher,)])
@@ -64,6 +59,19 @@ def study_section(document: Document, found: Study, only: bool) -> None:
     if any(run.records for group in found.cells.values() for run in group.runs):
         caption = "Learning curves: accuracy by epoch; lines are means over the seeds so far."
         document.figure(f"figures/{slug}-curves", figures.curves(found), caption)
+
+
+def paths_caption(found: Study, paper: bool) -> str:
+    """What figures.paths shows of this study."""
+    several = any(len(group.finished) > 1 for group in found.cells.values())
+    nodes = [path[: i + 1] for path in (*found.rows, *zip(found.sizes, strict=True)) for i in range(len(path))]
+    unfinished = any(not (cell := found.cell(node)) or cell.mean("best") is None for node in nodes)
+    below = ["the standard deviation"] * several + ["the paper's number"] * paper
+    return (
+        "Every path, as in figure 5 of the paper: test accuracy at the best epoch in percent"
+        f"{', the mean over seeds' * several}{', with ' * bool(below)}{' and '.join(below)}{' below' * bool(below)}. "
+        f"The best path is marked{'; dashed ones are not finished' * unfinished}."
+    )
 
 
 def selection_sentence(groups: Iterable[Group]) -> str:

@@ -120,6 +120,7 @@ def test_outside_a_trial_nni_is_not_imported(call, tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------ accepted
 @needs_nni
+@pytest.mark.slow
 def test_two_trials_at_once_share_one_teacher_and_keep_the_rest_apart(start_command, tmp_path):
     """The released keys in one, the shorter ones in the other, whole numbers as floats.
 

@@ -65,6 +65,7 @@ def test_its_own_modules_precede_the_suites_which_are_found_again_afterwards(fol
     assert evaluate.__file__ == str(ROOT / "evaluate.py")
 
 
+@pytest.mark.slow
 def test_a_run_whose_files_have_neighbours_named_like_the_suites(folder, run_command, tmp_path, tiny, teacher_file):
     """They are imported before the suite's own, while the arguments are read."""
     net = """

@@ -58,6 +58,7 @@ def test_a_report_over_a_thousand_runs(tmp_path, run_command, write_run):
 LONG = ("--dataset", "digits", "--student", "plane2", "--cuda", "0", "--epochs", "1000", "--train-images", "200")
 
 
+@pytest.mark.slow
 def test_records_hold_neither_environment_nor_user(tmp_path, start_command):
     private = {"TAKD_PASSWORD": "correcthorse", "USER": "batterystaple", "LOGNAME": "batterystaple"}
     private |= {"HOME": "/home/batterystaple", "WANDB_API_KEY": "correcthorse"}

@@ -185,9 +185,8 @@ def under_way(start_group):
     return start
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGUSR1))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_the_same_command_continues(number, tmp_path, call, under_way, group, tiny):
     command, run, alone = (*tiny, *SMALL), tmp_path / "run", tmp_path / "alone"
     process = under_way(*command, "--run-dir", run)
