@@ -25,7 +25,7 @@ def test_the_dockerfile_copies_what_exists_and_installs_what_make_installs():
 def make(goal, python, **more):
     """What `make -n` would do, though these tests may run under `make` themselves."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")} | more
-    command = ["make", "-n", goal, f"PYTHON={python}"]
+    command = ["make", "-n", "-W", "requirements.txt", goal, f"PYTHON={python}"]  # as if not installed yet
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
