@@ -54,8 +54,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.dataset_dir = args.dataset_dir or parser.defaults["dataset_dir"]
     output = Path(args.output)
-    if output.is_dir() or not os.access(output.parent, os.W_OK):
-        why = "a folder" if output.is_dir() else "in a folder that is absent or read-only"
+    special = output.exists() and not output.is_file()
+    if special or not os.access(output.parent, os.W_OK):
+        why = "a folder or a device" if special else "in a folder that is absent or read-only"
         sys.exit(flags.fail("export.py", f"--output {output} is {why}; give a file such as student.onnx", 2))
     return args
 

@@ -74,6 +74,9 @@ def check_folder(path: str | Path, flag: str) -> None:
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path that replaces `path` when the block ends without an error: readers see the old or the new."""
     path = Path(path)
+    with contextlib.suppress(OSError):  # absent, for one
+        if stat.S_ISCHR(mode := path.lstat().st_mode) or stat.S_ISBLK(mode):  # root may replace /dev/null
+            raise UserError(f"{path} is a device; give a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

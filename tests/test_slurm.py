@@ -33,7 +33,7 @@ def cluster(tmp_path_factory):
     if os.geteuid() or not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))):
         pytest.skip("needs root and Debian's slurm-wlm and munge")
     folder = tmp_path_factory.mktemp("slurm")
-    for parent in (folder, *folder.parents[:2]):
+    for parent in (folder, *folder.parents[:3]):
         parent.chmod(0o755)  # munge's own user must reach its socket
     subprocess.run([CLUSTER, "start", folder], check=True, timeout=120)
     before = dict(os.environ)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from conftest import last_weights, listing, read_json, read_lines, same_weights
 
 import train
+from takd import files
+from takd.errors import UserError
 from takd.run import checkpoint
 
 BEST, METRICS, LAST = "plane2_seed1_best.pth.tar", "metrics.jsonl", "last.pth.tar"
@@ -180,3 +183,14 @@ def test_a_signal_while_the_command_starts_ends_it_in_silence(start_command, tin
         process.send_signal(number)
         assert process.communicate(timeout=60) == ("", "") and process.returncode == 128 + number
     assert not list(tmp_path.iterdir())
+
+
+def test_a_device_is_not_replaced(tmp_path):
+    """Renaming a file onto /dev/null, which root may do, would break the machine."""
+    if os.geteuid():
+        pytest.skip("only root can make a device")
+    device = tmp_path / "null"
+    os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    with pytest.raises(UserError, match="null is a device; give a file"):
+        files.save_json({}, device)
+    assert device.is_char_device() and [path.name for path in tmp_path.iterdir()] == ["null"]
