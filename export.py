@@ -54,7 +54,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.dataset_dir = args.dataset_dir or parser.defaults["dataset_dir"]
     output = Path(args.output)
-    special = output.exists() and not output.is_file()
+    try:
+        special = output.exists() and not output.is_file()
+    except OSError as error:
+        sys.exit(flags.fail("export.py", f"--output {output}: {error.strerror}; give a file such as student.onnx", 2))
     if special or not os.access(output.parent, os.W_OK):
         why = "a folder or a device" if special else "in a folder that is absent or read-only"
         sys.exit(flags.fail("export.py", f"--output {output} is {why}; give a file such as student.onnx", 2))

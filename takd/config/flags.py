@@ -7,6 +7,7 @@ import importlib.util
 import math
 import operator
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -88,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         """The words with those of @files in their place. Each file is read once, so that none includes itself."""
         result = []
         for word in words:
-            if not word or (word.startswith("--") and word.endswith("=")):
+            if not word or re.fullmatch(r"--[\w-]+=(--)?", word):
                 self.error(f"'{word}' has no value, as from a variable that is not set; give one or leave it out")
             if word.encode(errors="surrogatepass") != os.fsencode(word):  # PyTorch and TensorBoard take UTF-8 alone
                 self.error(f"'{files.printable(word)}' is not UTF-8 in this locale; rename it, or set LC_ALL=C.UTF-8")

@@ -91,7 +91,7 @@ ACTIONS = {
     (script, (action.option_strings or [""])[0]): action
     for script in SCRIPTS
     for action in parser_of(script)._actions
-    if not isinstance(action, (argparse._HelpAction, argparse._VersionAction))
+    if not isinstance(action, (argparse._HelpAction, flags._Version))
 }
 
 
