@@ -73,7 +73,10 @@ def test_the_pages_commands(place, vit, call):
     assert (contents["mean"], contents["std"], contents["image_size"]) == ([0.5] * 3, [0.5] * 3, 32)
     theirs = vit.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32).eval()
     theirs.load_state_dict(contents["model_state_dict"])
-    ours, images = model_factory.load("runs/vit/vit.py-ViT_seed1_best.pth.tar")[0].eval(), torch.rand(2, 3, 32, 32)
+    ours, images = (
+        model_factory.load("runs/vit/vit.py-ViT_seed1_best.pth.tar", "vit.py:ViT")[0].eval(),
+        torch.rand(2, 3, 32, 32),
+    )
     with torch.no_grad():
         assert torch.equal(ours(images), theirs(images))
     student = ("--student", "vit.py:ViT", "--dataset", "folder", "--dataset-dir", "photos", *TINY, "--epochs", "1")

@@ -148,7 +148,7 @@ def records_below(folder):
 
 def faults(script, argv, accuracy, before, folder):
     """(outcome, None), or (None, what is wrong with it)."""
-    status, out, err = Command(folder, script, *argv).end(seconds=10)
+    status, out, err = Command(folder, script, *argv).end(seconds=60)
     if "Traceback" in err or status not in (0, 1, 2, 143):
         return None, f"status {status}: {err.strip()[-300:]}"
     after = contents(folder)

@@ -41,7 +41,7 @@ CASES = {
     "sweep.py": f"sweep.py {STUDY} --student plane2 --teacher plane2 --teacher-checkpoint teacher.pth.tar "
     "--space space.json --trials 2",
 }
-SPACE = {"temperature": {"_type": "choice", "_value": [1, 4]}}
+SPACE = {"T": {"_type": "choice", "_value": [1, 4]}}
 
 
 def outcome(folder, last=True):

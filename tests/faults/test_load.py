@@ -25,8 +25,9 @@ def test_many_trainings_with_one_table_equal_serial_ones(cache, tmp_path, teache
     """In the same folder, so with the same table, which none of them finds whole; then one after another alone."""
 
     def start(seed, place):
-        (tmp_path / place).mkdir(exist_ok=True)
-        shutil.copy(teacher_run / "plane2_seed1_best.pth.tar", tmp_path / place / "teacher.pth.tar")
+        if not (tmp_path / place).exists():  # and not while the runs started before read it
+            (tmp_path / place).mkdir()
+            shutil.copy(teacher_run / "plane2_seed1_best.pth.tar", tmp_path / place / "teacher.pth.tar")
         words = f"{CASES[f'train.py, {cache} table']} --epochs 1 --run-dir run/{seed} --seed {seed}".split()
         return Command(tmp_path / place, *words, output=tmp_path / f"{place} {seed}")
 
