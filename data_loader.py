@@ -9,24 +9,19 @@
 A data set is a row of DATASETS in takd/config/names.py and a branch of `read`; folders of images need neither.
 """
 
-if __name__ == "__main__":  # Ctrl-C is silent from here on, during the imports too
-    try:
-        from takd import startup
+from takd import process
 
-        startup.guard()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+if __name__ == "__main__":
+    process.start()
 
 import dataclasses
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from takd import process
 from takd.config import flags, names
 
 if __name__ == "__main__":  # usage errors are reported before torch is imported, which takes seconds
-    process.prepare_streams()
     ARGUMENTS = flags.download_parser(__doc__).parse_args()
     flags.check_packages("data_loader.py", "torch", "torchvision")
 

@@ -11,13 +11,10 @@ again continues: finished trainings are skipped, failed ones repeated. Every oth
 --epochs, --recipe, --temperature, --cuda ...) is passed on to each training.
 """
 
-if __name__ == "__main__":  # Ctrl-C is silent from here on, during the imports too
-    try:
-        from takd import startup
+from takd import process
 
-        startup.guard()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+if __name__ == "__main__":
+    process.start()
 
 import argparse
 import json
@@ -29,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from takd import files, process
+from takd import files
 from takd.config import flags
 from takd.config.flags import number
 from takd.config.names import DATASETS
@@ -312,5 +309,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    process.prepare_streams()
     main()

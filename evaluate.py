@@ -11,13 +11,10 @@ comparison.csv and .json, and a folder for each file: accuracy by class, confusi
 CSV, JSON, PNG and SVG.
 """
 
-if __name__ == "__main__":  # Ctrl-C is silent from here on, during the imports too
-    try:
-        from takd import startup
+from takd import process
 
-        startup.guard()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+if __name__ == "__main__":
+    process.start()
 
 import argparse
 import json
@@ -26,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from takd import files, process
+from takd import files
 from takd.config import flags, names
 from takd.errors import UserError
 
@@ -73,7 +70,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":  # usage errors are reported before torch is imported, which takes seconds
-    process.prepare_streams()
     ARGUMENTS = parse(sys.argv[1:])
     flags.check_packages(
         "evaluate.py", "torch", "torchvision", "numpy", *(("sklearn", "matplotlib") if ARGUMENTS.report else ())

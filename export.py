@@ -9,13 +9,10 @@ hold the names of the classes and where the network comes from. It is written on
 images equal PyTorch's to 1e-4. Needs requirements-export.txt; runs on the CPU.
 """
 
-if __name__ == "__main__":  # Ctrl-C is silent from here on, during the imports too
-    try:
-        from takd import startup
+from takd import process
 
-        startup.guard()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+if __name__ == "__main__":
+    process.start()
 
 import argparse
 import contextlib

@@ -11,18 +11,15 @@
 Reads what train.py recorded (config.json, metrics.jsonl, summary.json); neither torch nor weights are needed.
 """
 
-if __name__ == "__main__":  # Ctrl-C is silent from here on, during the imports too
-    try:
-        from takd import startup
+from takd import process
 
-        startup.guard()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+if __name__ == "__main__":
+    process.start()
 
 import sys
 from pathlib import Path
 
-from takd import files, process
+from takd import files
 from takd.config import flags
 from takd.config.flags import number
 from takd.errors import UserError
@@ -110,5 +107,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    process.prepare_streams()
     main()

@@ -11,13 +11,10 @@ seed, and judged by the mean. The same command again, here or on another machine
 was interrupted, then begins new trials. All other flags are train.py's and are passed on to each training.
 """
 
-if __name__ == "__main__":  # Ctrl-C is silent from here on, during the imports too
-    try:
-        from takd import startup
+from takd import process
 
-        startup.guard()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+if __name__ == "__main__":
+    process.start()
 
 import argparse
 import dataclasses
@@ -28,7 +25,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from takd import files, process
+from takd import files
 from takd.config import flags, run_config
 from takd.config.flags import number
 from takd.errors import UserError
@@ -176,5 +173,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    process.prepare_streams()
     main()

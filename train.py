@@ -10,14 +10,10 @@ Without --teacher-checkpoint the teacher is trained first, with its own recipe, 
 again continues an interrupted run, or reports that it is finished. Everything is written to --run-dir.
 """
 
-if __name__ == "__main__":  # Ctrl-C is silent from here on, during the imports too
-    try:
-        from takd import process, startup
+from takd import process
 
-        startup.guard()
-        process.note_stop_signals()
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+if __name__ == "__main__":
+    process.start()
 
 import contextlib
 import copy
@@ -33,7 +29,6 @@ from takd.config.run_config import RunConfig
 from takd.run import launch
 
 if __name__ == "__main__":  # usage errors are reported before torch is imported, which takes seconds
-    process.prepare_streams()
     STDOUT = sys.stdout  # importing nni in a trial replaces it
     with process.rank_zero_output():
         CONFIG = run_config.parse(sys.argv[1:], __doc__)

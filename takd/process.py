@@ -35,15 +35,33 @@ def place() -> Place:
     return Place(rank, size, local_rank, local_size)
 
 
-def prepare_streams() -> None:
-    """Let every command print to its end: into nothing where a standard stream is closed, and with escapes in place of
-    letters that the stream's encoding lacks."""
+def start() -> None:
+    """A command's first call, before the slow imports: from now on it ends without a traceback on a signal, and prints
+    to its end wherever its output goes.
+
+    What is printed to a closed stream, or to a reader that has gone (`| head`), is discarded; letters that the stream's
+    encoding lacks are escaped.
+    """
+    note_stop_signals()
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)  # or a file opened later takes the number, and a library prints into it
     os.close(descriptor)
-    sys.stdout, sys.stderr = sys.stdout or open(os.devnull, "w"), sys.stderr or open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        stream = getattr(sys, name) or open(descriptor, "w", closefd=False)  # None where it was closed
+        buffering = stream.line_buffering or stream.write_through
+        file = io.BufferedWriter(_Pipe(stream.fileno(), "w", closefd=False))
+        setattr(sys, name, io.TextIOWrapper(file, stream.encoding, "backslashreplace", line_buffering=buffering))
+
+
+class _Pipe(io.FileIO):
+    """A file that goes on as the null device where its reader has gone."""
+
+    def write(self, data):  # type: ignore[no-untyped-def, override]
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
 
 
 def srun_tasks() -> int:
@@ -100,7 +118,7 @@ def _note(number, _frame):
 
 
 def note_stop_signals() -> dict[int, Any]:
-    """Take note of STOP_SIGNALS from now on; returns the handlers before. A command's first line.
+    """Take note of STOP_SIGNALS from now on; returns the handlers before.
 
     They end the process at once until a StopSignals block begins, and from then on at a `safe_point`.
     """

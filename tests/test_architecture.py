@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # Each layer imports only those before it, and the base: takd's own modules, on the standard library.
 LAYERS = ("config", "images", "distill", "run", "study")
-BASE = ("errors", "process", "files", "startup")
+BASE = ("errors", "process", "files")
 APART = "cpu"  # its folder can be deleted: only these import it
 IMPORT_CPU = ("train.py",)
 COMMANDS = ("train", "evaluate", "distill_paths", "sweep", "report", "export")
