@@ -65,9 +65,9 @@ COMMANDS = {
     "data_loader.py": "--download cifar10",
 }
 TRUTH = {
-    "train.py": r'"test_accuracy_percent": \d|test \d+\.\d\d %|train_images_per_second',
+    "train.py": r'"test_accuracy_percent": \d|test \d+\.\d\d %|train_images_per_second|distillation term',
     "evaluate.py": "ACCURACY",
-    "export.py": "student",
+    "export.py": r"PyTorch +ACCURACY",
     "report.py": "ACCURACY",
     "distill_paths.py": r"sbatch .*(train|distill_paths)\.py",
     "sweep.py": r"sbatch .*(train|sweep)\.py",
@@ -158,7 +158,7 @@ def faults(script, argv, accuracy, before, folder):
         changed = sorted(set(after.items()) ^ set(before.items()))[:5]
         return None, f"status 2 ({err.strip()[-200:]}) and files: {changed}"
     if status == 0:
-        truth = TRUTH[script].replace("ACCURACY", f"{accuracy:.2f}|{accuracy}")
+        truth = TRUTH[script].replace("ACCURACY", f"({accuracy:.2f}|{accuracy})")
         if not re.search(truth, out + err + (records_below(folder) if after != before else "")):
             return None, f"status 0, and not {truth}: {out[-300:]} {err[-300:]}"
     return {0: "done", 1: "one line, exit 1", 2: "one line, exit 2", 143: "stopped by SIGTERM"}[status], None
