@@ -133,7 +133,9 @@ class Question:
 
 
 def questions(runs: Iterable[Run]) -> list[Question]:
-    """Every student with two or more arms in the same chain; a search's trials are left out. Most arms first."""
+    """Every student with two or more arms in the same chain, most arms first. Left out are a search's trials, and arms
+    that differ in their methods alone: takd.study.pairs has these side by side.
+    """
     by_data: dict[Any, list[Run]] = {}
     for run in (run for run in runs if not run.search):
         by_data.setdefault(json.dumps([run.config.get(key) for key in DATA]), []).append(run)
@@ -146,7 +148,13 @@ def questions(runs: Iterable[Run]) -> list[Question]:
                 taught = [run for run in of_it if len(run.path) == 1 or run.path[0] == teacher]
                 arms, repeated = arms_of(taught, above)
                 found.append(Question(members[0].config["dataset"], teacher, student, arms, repeated, members))
-    return sorted([question for question in found if question.chains], key=lambda question: -len(question.arms))
+    asked = [question for question in found if question.chains and not _methods_only(question.arms)]
+    return sorted(asked, key=lambda question: -len(question.arms))
+
+
+def _methods_only(arms: Sequence[Arm]) -> bool:
+    methods = [arm.method for arm in arms if arm.teachers]
+    return 1 < len(methods) == len(set(methods)) and not any(arm.assisted for arm in arms)
 
 
 # ---------------------------------------------------------------------------------------------------- lineage
