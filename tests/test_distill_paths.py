@@ -194,7 +194,7 @@ def test_a_study_continues_after_an_interrupt_and_a_killed_training(start_comman
     assert process.returncode == 1 and err.count("plane4-plane2-seed1: killed by SIGKILL") == 1, (out, err)
     assert (alone / "summary.json").exists(), "trainings that do not depend on it go on"
     partial = (runs / "report.md").read_text()
-    assert "2 of 3 trainings are finished" in partial and "4 > 2 (BLKD), not finished" in partial
+    assert "2 of 3 trainings are finished" in partial and "4 > 2 (BLKD), failed" in partial, partial
 
     finished = [folder / "summary.json" for folder in (teacher, alone)]
     before = [file.stat().st_mtime_ns for file in finished]
@@ -208,6 +208,15 @@ def test_a_study_continues_after_an_interrupt_and_a_killed_training(start_comman
     assert f"{summary['best']['test_accuracy_percent']:.2f}" in (runs / "report.md").read_text()
     assert call(train, "--student", "plane4", *DIGITS, "--epochs", 4, "--run-dir", tmp_path / "whole").status == 0
     assert same_weights(last_weights(teacher), last_weights(tmp_path / "whole"))
+
+    best, records = student / "plane2_seed1_best.pth.tar", student / "metrics.jsonl"
+    lost = {file: file.read_bytes() for file in (best, records)}
+    for file in lost:
+        file.unlink()
+    process = start_command(*argv)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and "3 trainings, 2 finished" in out, (out, err)
+    assert records.read_bytes() == lost[records] and best.exists(), "restored from last.pth.tar"
 
     other = call(distill_paths, *argv[1:], "--epochs", "3")
     assert other.status == 2 and "epochs 2 there, 3 now" in other.err and other.err.count("\n") == 1

@@ -209,7 +209,9 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        return self.run.summary_file.exists()
+        """Whether the run's files are there; of a finished run train.py restores those that were lost."""
+        kept = self.run.summary_file, self.run.metrics_file, *self.run.path.glob("*_best.pth.tar")
+        return len(kept) > 2 and all(file.exists() for file in kept)
 
     @property
     def checkpoint(self) -> Path:
