@@ -235,6 +235,7 @@ def write_run(teacher_run, tmp_path):
         (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
         if finished:
             (run / "summary.json").write_text(json.dumps(summary | {"model": path[-1], "path": path}))
+            (run / f"{path[-1]}_seed{seed}_best.pth.tar").touch()
         return run
 
     return write

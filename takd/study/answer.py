@@ -203,7 +203,7 @@ def doubts(question: Question) -> Iterator[str]:
         f"{arm.name}, seed {run.seed} ({run.progress})"
         for arm in question.arms
         for run in arm.group.runs
-        if run.seed not in arm.values
+        if not run.finished
     ]
     if lost:
         yield f"Not finished, and left out: {'; '.join(lost)}."

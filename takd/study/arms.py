@@ -7,7 +7,6 @@ settings and those of the networks above.
 
 import itertools
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,8 +64,7 @@ class Arm:
     @property
     def values(self) -> dict[int, float]:
         """{seed: test accuracy at the last epoch, in percent} of the finished runs."""
-        found = {seed: run.accuracy("last") for seed, run in sorted(self.group.finished.items())}
-        return {seed: value for seed, value in found.items() if value is not None and math.isfinite(value)}
+        return dict(sorted(self.group.values("last").items()))
 
     @property
     def lineage(self) -> Lineage:

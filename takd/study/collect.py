@@ -108,13 +108,15 @@ class Run:
         """
         if not self.records:
             return None
-        split = self.selection
-        best = max(
-            self.records, key=lambda record: record[f"{split}_accuracy_percent"]
-        )  # the first of equals, as train.py
         if which == "selection":
-            return best[f"{split}_accuracy_percent"]
-        return (best if which == "best" else self.records[-1])["test_accuracy_percent"]
+            return self.best_record[f"{self.selection}_accuracy_percent"]
+        return (self.best_record if which == "best" else self.records[-1])["test_accuracy_percent"]
+
+    @functools.cached_property
+    def best_record(self) -> dict[str, Any]:
+        """Of several best epochs the first, as in train.py."""
+        key = f"{self.selection}_accuracy_percent"
+        return max(self.records, key=lambda record: record[key])
 
     @property
     def progress(self) -> str:
