@@ -161,6 +161,7 @@ def test_rows_never_look_alike(write_run, tmp_path, call):
         (
             *({}, {"train_images": 1000}, {"image_size": 64}, {"epochs": 3}),
             *({"label_smoothing": 0.2}, {"batch_size": 64}, {"precision": "auto"}, {"folder": "again"}),
+            {"test_images": 1000},
             *({"dataset": "folder", "images": digest, "dataset_dir": "pets"} for digest in ("1" * 32, "2" * 32)),
         )
     ):
@@ -168,7 +169,7 @@ def test_rows_never_look_alike(write_run, tmp_path, call):
     assert call(report, tmp_path / "runs", tmp_path / "again", "--output", tmp_path / "board").status == 0
     text = (tmp_path / "board/report.md").read_text()
     board = [tuple(row[:1] + row[2:-4]) for row in rows_of(text, "### cifar10")[2:]]
-    assert len(board) == len(set(board)) == 8, "in other columns than rank, accuracies and time"
+    assert len(board) == len(set(board)) == 9, "in other columns than rank, accuracies and time"
     assert {row[-1] for row in board} > {"paper, 1, precision fp32, 1,000 training images"}
     assert "### folder pets (images 11111111)" in text and "### folder pets (images 22222222)" in text
     beside = [row[2] for row in rows_of(text, "Beside published")[2:]]

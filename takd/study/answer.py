@@ -374,8 +374,8 @@ def _row(pair: Pair) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------- the figure
-@figures.styled
-def draw(pairs: Sequence[Pair]) -> Any:
+@figures.panels
+def draw(columns: int, pairs: Sequence[Pair]) -> Any:
     """Intervals by the arm that is compared against; of very many, those against arms without assistants."""
     from matplotlib.figure import Figure
 
@@ -398,8 +398,8 @@ def draw(pairs: Sequence[Pair]) -> Any:
     axes.set_yticks(range(len(labels)), labels, fontsize=8.5)
     for label in (label for label in axes.get_yticklabels() if label.get_text().startswith("against ")):
         label.set(weight="bold", color=figures.INK)
-    axes.set(ylim=(len(labels) - 0.4, -0.6), xlabel="difference in test accuracy, points")
+    axes.set(ylim=(len(labels) - 0.4, -0.6), xlabel="difference, points")
     axes.grid(axis="y", visible=False)
-    figure.set_size_inches(6, 0.23 * len(labels) + 0.8)
+    figure.set_size_inches(6 if columns > 1 else 4.2, 0.23 * len(labels) + 0.8)
     figure.tight_layout(pad=0.5)
     return figure

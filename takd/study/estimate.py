@@ -72,7 +72,7 @@ def estimate(
     for training in trainings:
         cost = costs[training.path[-1]]
         seconds[training] = configs[training].epochs * cost.epoch_seconds
-        disk += 2 * 8 * cost.parameters  # best and last, each weights and momentum in float32
+        disk += 3 * 8 * cost.parameters  # weights and momentum in float32: the best file's, and in last.pth.tar both
     for teacher in {training.teacher for training in trainings if training.teacher}:
         student = next(training for training in trainings if training.teacher is teacher)
         config, views = configs[student], names.VIEWS[configs[student].augment]

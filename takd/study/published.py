@@ -28,7 +28,7 @@ def entries_for(dataset: str, path: NetworkPath, method: str | None) -> list[dic
 
 def comparable(group: Group) -> bool:
     """Whether the runs saw a whole data set as it is, so that published numbers may stand beside theirs."""
-    changed = ("images", "image_size", "validation_split")
+    changed = ("images", "image_size", "test_images", "validation_split")
     return not (group.runs[0].train_images or any(group.config.get(key) for key in changed))
 
 

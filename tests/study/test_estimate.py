@@ -37,5 +37,5 @@ def test_an_estimate_adds_up():
         "the table costs one pass of the teacher"
     )
     assert total == 740
-    assert disk == 16 * 3_400_000 + 2 * 50_000 * 100
+    assert disk == 24 * 3_400_000 + 2 * 50_000 * 100
     assert estimate.estimate(trainings, configs, costs, jobs=2)[1] == 680, "no shorter than the longest chain"
