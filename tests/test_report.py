@@ -119,7 +119,7 @@ def test_two_studies_of_the_same_networks_stand_apart(three_seeds, tmp_path, cal
 def test_the_html_page_is_self_contained(three_seeds, call):
     assert call(report, three_seeds).status == 0
     page = (three_seeds / "report.html").read_text()
-    assert page.count("<svg") == 6 and not re.search(
+    assert page.count("<svg") == 7 and not re.search(
         r'(src|href)="(?!#)|url\((?!#)|@import', page.replace("xlink:href", "href")
     )
     ids = re.findall(r'\bid="([^"]+)"', page)

@@ -8,7 +8,7 @@ from typing import Any
 from takd.study import figures, published, statistics
 from takd.study.arms import Arm, Question, digests, top_digest
 from takd.study.document import Document
-from takd.study.formatting import method_of, p_value, percent, points, recipe_of, seeds_of
+from takd.study.formatting import listed, method_of, p_value, percent, points, recipe_of, seeds_of
 from takd.study.plan import NetworkPath
 from takd.study.statistics import Difference
 
@@ -259,13 +259,20 @@ def rule_of_thumb(question: Question) -> str:
         return "The rule of thumb cannot be tested: no chain has all assistants and each network's own accuracy."
     chances = [len(best) / len(singles) for _, best in chains]
     hits = sum(named in best for named, best in chains)
-    rule, tops = _counts([named for named, _ in chains]), _counts([name for _, best in chains for name in best])
-    return (
+    rule = (
         f"The paper's rule of thumb: of the single assistants {', '.join(singles)} the best is the one whose own "
-        f"accuracy ({own}) is nearest the mean of {question.teacher}'s and {question.student}'s alone. So it is in "
-        f"{hits} of {len(chains)} chains; by chance it would be in {sum(chances):.1f}, and in as many or more with "
-        f"probability {statistics.at_least(hits, chances):.2g}. The rule names {rule}; the best is {tops}. Where one "
-        "assistant is best in most chains one lucky guess is repeated, so this tells the rule from chance alone."
+        f"accuracy ({own}) is nearest the mean of {question.teacher}'s and {question.student}'s alone."
+    )
+    if len(chains) == 1:
+        [(named, best)] = chains
+        right = f"a guess is right with probability {chances[0]:.2g}"
+        return f"{rule} It names {named}, and the best is {listed(best)}; {right}."
+    names, tops = _counts([named for named, _ in chains]), _counts([name for _, best in chains for name in best])
+    return (
+        f"{rule} So it is in {hits} of {len(chains)} chains; by chance it would be in {sum(chances):.1f}, and in as "
+        f"many or more with probability {statistics.at_least(hits, chances):.2g}. The rule names {names}; the best is "
+        f"{tops}. Where one assistant is best in most chains one lucky guess is repeated, so this tells the rule from "
+        "chance alone."
     )
 
 
@@ -287,18 +294,21 @@ def _named_and_best(
 
 
 def _counts(names: Sequence[str]) -> str:
-    return ", ".join(f"{name} {names.count(name)} times" for name in dict.fromkeys(names))
+    return listed([f"{name} in {names.count(name)}" for name in dict.fromkeys(names)])
 
 
 # --------------------------------------------------------------------------------------------------- the section
 def sections(document: Document, questions: Sequence[Question]) -> list[str]:
     """A section for each question that has several chains, and a sentence on the others. Returns the headlines."""
     headlines = [section(document, question) for question in questions if question.chains > 1]
-    single = [each.student for each in questions if each.chains == 1 and any(arm.assisted for arm in each.arms)]
+    single = [each for each in questions if each.chains == 1 and any(arm.assisted for arm in each.arms)]
     if single:
-        headlines.append(f"Whether assistants help {', '.join(dict.fromkeys(single))} cannot be told from one chain.")
+        students = dict.fromkeys(each.student for each in single)
+        headlines.append(f"Whether assistants help {', '.join(students)} cannot be told from one chain.")
         document.heading("Do assistants help?")
         document.text(headlines[-1])
+        for question in single:
+            document.text(rule_of_thumb(question))
     return headlines
 
 

@@ -7,7 +7,7 @@ from takd.config import names
 from takd.run.console import duration
 from takd.study import collect, figures, published, statistics
 from takd.study.collect import Group, Run, Study
-from takd.study.comparisons import SAMPLING, SEEDS, comparison, seeds_sentence
+from takd.study.comparisons import comparison, seeds_sentence
 from takd.study.document import Document
 from takd.study.formatting import (
     learned_from,
@@ -50,7 +50,6 @@ def study_section(document: Document, found: Study, only: bool) -> None:
     if best and any(len(path) > 2 and found.mean(path) is not None for path in found.ends):
         drawn = figures.assistants(found, paper)
         document.figure(f"figures/{slug}-assistants", drawn, f"The effect of assistants on {found.student}.")
-        rule(document, found)
     between = [path for path in [*found.cells, *found.planned] if path[-1] not in (found.student, found.teacher)]
     ordered = sorted(dict.fromkeys(between), key=lambda path: (found.sizes.index(path[-1]), -(found.mean(path) or -1)))
     if between:
@@ -191,39 +190,6 @@ def alone_seeds(found: Study) -> set[int]:
     """Of the seeds that paths are compared over, those that the student alone has finished too."""
     alone = found.cells.get((found.student,))
     return found.seeds & set(alone.finished) if alone else set()
-
-
-def rule(document: Document, found: Study) -> None:
-    """The paper's rule of thumb beside what was measured."""
-    if not (known := statistics.rule_of_thumb(found)):
-        return
-    middle, own, nearest = known
-    after = {network: found.mean((found.teacher, network, found.student)) for network in own}
-    reached = {network: value for network, value in after.items() if value is not None}
-    if not reached:
-        return
-    measured = max(reached, key=lambda network: reached[network])
-    document.heading("The paper's rule of thumb", 3)
-    agrees = "It is indeed" if measured == nearest else f"But {measured} is"
-    second = max(reached.keys() - {measured}, key=lambda network: reached[network], default=measured)
-    first, other = (found.cell((found.teacher, network, found.student)) for network in (measured, second))
-    lead_of = statistics.difference(first, other, "best") if first and other and second != measured else None
-    unclear = lead_of and lead_of.p is not None and lead_of.p >= 0.05
-    noise = SAMPLING if lead_of and lead_of.seeds == 1 else SEEDS
-    document.text(
-        "The best single assistant should be the one whose own accuracy is nearest the mean of teacher and student,",
-        f"here {middle:.2f} %:",
-        f"{nearest} with {own[nearest]:.2f} %. {agrees} the one with the best student, {reached[measured]:.2f} %.",
-        f"That is {points(lead_of.mean)} points against {second}, not more than {noise}."
-        if lead_of and unclear
-        else "",
-    )
-    rows = [
-        [network, percent(own[network]), f"{abs(own[network] - middle):.2f}", percent(after[network])]
-        for network in own
-    ]
-    header = ["assistant", "alone, %", "from the mean, points", f"{found.student} after it, %"]
-    document.table(header, rows, mark=list(own).index(nearest))
 
 
 # -------------------------------------------------------------------------------------------- methods side by side

@@ -1,4 +1,4 @@
-"""Comparisons of groups of runs: paired differences over seeds, corrected tests, and the paper's rule of thumb.
+"""Comparisons of groups of runs: paired differences over seeds, and corrected tests.
 
 Student's distributions, central and noncentral, are computed from the regularised incomplete beta function.
 """
@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from takd.study.collect import Group, Study
+from takd.study.collect import Group
 
 LEVEL, POWER = 0.05, 0.8  # of two-sided tests
 
@@ -77,21 +77,6 @@ def standard_error(percent: float, images: int) -> float:
     """Of an accuracy measured on this many test images, in points."""
     share = percent / 100
     return 100 * (share * (1 - share) / images) ** 0.5
-
-
-def rule_of_thumb(found: Study) -> tuple[float, dict[str, float], str] | None:
-    """(mean of teacher and student alone, {assistant: its own accuracy}, the nearest), or None where one is missing or
-    there is no choice.
-    """
-    own = {network: value for network in found.sizes if (value := found.mean((network,))) is not None}
-    if found.teacher not in own or found.student not in own:
-        return None
-    middle = (own[found.teacher] + own[found.student]) / 2
-    tried = {path[1] for path in found.ends if len(path) == 3}
-    assistants = {network: own[network] for network in found.sizes[1:-1] if network in own and network in tried}
-    if len(assistants) < 2:  # one is the nearest in any case
-        return None
-    return middle, assistants, min(assistants, key=lambda network: abs(assistants[network] - middle))
 
 
 # ------------------------------------------------------------------------------------------------ distributions

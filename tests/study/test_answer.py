@@ -276,7 +276,7 @@ def test_the_rule_of_thumb_is_tested_against_chance(hits, p):
     assert (
         f"in {hits} of 5 chains; by chance it would be in 1.7, and in as many or more with probability {p:.2g}." in text
     )
-    assert "(alone)" in text and "The rule names plane4 5 times" in text
+    assert "(alone)" in text and "The rule names plane4 in 5; the best is" in text
 
 
 def test_the_rule_of_thumb_takes_distilled_assistants_if_none_were_trained_alone():
@@ -287,6 +287,22 @@ def test_of_several_runs_alone_the_plainest_counts():
     question = Chains().add((1,), ("alone", "smoothed", "direct"), noise=0).question()
     alone, smoothed = (arm.values[1] for arm in question.arms[:2])
     assert question.accuracies([("plane2",)], 1) == {("plane2",): alone} and alone != smoothed
+
+
+def test_one_chain_has_the_rule_and_no_test(tmp_path):
+    made = Chains().add((1,), ("alone",), noise=0)
+    for network in ("plane8", "plane6", "plane4"):
+        made.run(network, 1, 50, (network,))
+        made.run(f"through {network}", 1, 47, ("plane10", network, "plane2"))
+    document = Document(tmp_path)
+    assert answer.sections(document, [made.question()]) == [
+        "Whether assistants help plane2 cannot be told from one chain."
+    ]
+    text = document.markdown()
+    assert (
+        "names plane4, and the best is plane4, plane6 and plane8; a guess is right with probability 1." in text
+        and "95 %" not in text
+    )
 
 
 def test_the_rule_of_thumb_needs_three_assistants():

@@ -52,15 +52,6 @@ def test_standard_error():
     assert statistics.standard_error(90.0, 100) == pytest.approx(3)
 
 
-def test_the_rule_of_thumb_takes_the_assistant_nearest_the_mean(write_run, tmp_path):
-    for network, accuracy in (("plane10", 60), ("plane8", 58), ("plane4", 51), ("plane2", 40)):
-        write_run((network,), 1, (accuracy,))
-    for assistant in ("plane8", "plane4"):
-        write_run(("plane10", assistant, "plane2"), 1, (45,))
-    [study] = collect.studies(collect.collect([tmp_path / "runs"]))
-    assert statistics.rule_of_thumb(study) == (50, {"plane8": 58, "plane4": 51}, "plane4")
-
-
 # ------------------------------------------------------------------------------------------------ distributions
 @pytest.mark.parametrize(
     "freedom, tabulated",
