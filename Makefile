@@ -25,12 +25,13 @@ demo: $(READY)
 	$(RUN) evaluate.py $(foreach run,teacher assistant student direct alone,runs/demo/$(run)/*_best.pth.tar)
 
 # Under 4 minutes on 2 cores. test-all adds what takes minutes or a service: NNI, SLURM, a browser, CIFAR (where
-# TAKD_CIFAR_DIR names it), and all fast tests once more in a copy without takd/cpu.
+# TAKD_CIFAR_DIR names it), three at once since they wait for services, and all fast tests once more in a copy without
+# takd/cpu.
 test: $(READY)
 	$(RUN) -m pytest -n 2 -m "not slow"
 
 test-all: test
-	$(RUN) -m pytest -n 2 --dist loadfile -rs -m slow
+	$(RUN) -m pytest -n 3 --dist loadfile -rs -m slow
 	rm -rf .without-cpu && mkdir .without-cpu
 	git ls-files -z ':!takd/cpu' | xargs -0 tar cf - | tar xf - -C .without-cpu
 	cd .without-cpu && $(RUN) -m pytest -n 2 -m "not slow"
