@@ -7,9 +7,7 @@ from pathlib import Path
 from takd.config import run_config
 from takd.study import collect
 from takd.study.collect import Collection, Group, Run
-from takd.study.formatting import percent, seeds_of
-
-SYMBOLS = {"temperature": "T", "lambda": "λ"}
+from takd.study.formatting import SYMBOLS, percent, seeds_of
 
 
 @dataclass
@@ -60,7 +58,5 @@ def searches(found: Collection) -> list[Search]:
     for run in found.runs.values():
         if run.search:
             parts.setdefault((run.search, run.config["dataset"], run.path), []).append(run)
-    by_mean = {
-        key: sorted(collect.group(runs), key=lambda g: -(g.mean("selection") or -1)) for key, runs in parts.items()
-    }
-    return [Search(folder, groups) for (folder, *_), groups in by_mean.items()]
+    by_mean = [sorted(collect.group(runs), key=lambda g: -(g.mean("selection") or -1)) for runs in parts.values()]
+    return [Search(folder, groups) for (folder, *_), groups in zip(parts, by_mean, strict=True)]
