@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import random
-import shlex
 import subprocess
 import time
 import warnings
@@ -25,8 +24,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from takd import files
 from takd.errors import UserError
-from takd.process import STOP_SIGNALS, StopSignals, threads_each
-from takd.study.runner import exit_reason
+from takd.process import STOP_SIGNALS, StopSignals
+from takd.study.runner import environment_of, exit_reason, start
 from takd.study.space import Parameter, combinations
 from takd.study.sweep import Setting, Sweep
 
@@ -115,9 +114,7 @@ class Worker:
 
     def __init__(self, sweep: Sweep, train: list[str], jobs: int, say: Callable[[str], None]) -> None:
         self.sweep, self.train, self.jobs, self.say = sweep, train, jobs, say
-        self.environment = dict(os.environ)
-        if jobs > 1:  # otherwise each would take all cores
-            self.environment["OMP_NUM_THREADS"] = threads_each(jobs)
+        self.environment = environment_of(jobs)
         self.stopped: int | None = None
         self.refused = ""  # train.py's reason for refusing a trial, a user error: it would refuse the others too
 
@@ -212,12 +209,7 @@ class Worker:
 
     def _start(self, name: str, arguments: list[str], claim: int) -> subprocess.Popen:
         """Start train.py, which holds the claim too: if only the worker is killed, nobody else begins the same run."""
-        command = [*self.train, *arguments]
-        with open(self._log(name), "a", encoding="utf-8", errors="backslashreplace") as log:
-            log.write(f"$ {shlex.join(command)}\n")
-            log.flush()
-            options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-            return subprocess.Popen(command, env=self.environment, pass_fds=(claim,), **options)
+        return start([*self.train, *arguments], self._log(name), self.environment, pass_fds=(claim,))
 
     def _ended(self, processes: list[subprocess.Popen]) -> subprocess.Popen:
         """The first of them to end. A signal is forwarded to all: they save and end."""

@@ -37,6 +37,7 @@ class Sweep:
         self.folder, self.space, self.seeds = folder, space, seeds
         self.study_file, self.journal, self.claims = folder / STUDY_FILE, folder / "journal.log", folder / "claims"
         self._common, self._parser = common, flags.train_parser()
+        self._given_teacher = common.get("teacher_checkpoint")
         self.base = run_config.parse(flags.words(common | {"run_dir": folder}), elsewhere=True)
         self.teacher = RunDirectory(folder / "teacher") if self.base.teacher and not self._given_teacher else None
         ends = {key: parameter.values or [parameter.low, parameter.high] for key, parameter in space.items()}
@@ -45,10 +46,6 @@ class Sweep:
             run_config.parse(self.arguments(0, setting, seeds[0]), elsewhere=True)
         for seed in seeds:
             self.arguments(0, first, seed)
-
-    @property
-    def _given_teacher(self) -> str | None:
-        return self._common.get("teacher_checkpoint")
 
     # ------------------------------------------------------------------------------------------ what is to be made
     def record(self, trials: int) -> None:
