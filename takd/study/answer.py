@@ -8,7 +8,7 @@ from typing import Any
 from takd.study import figures, published, statistics
 from takd.study.arms import Arm, Question, digests, top_digest
 from takd.study.document import Document
-from takd.study.formatting import listed, method_of, p_value, percent, points, recipe_of, seeds_of
+from takd.study.formatting import listed, method_of, outcome, p_value, percent, points, recipe_of, seeds_of
 from takd.study.plan import NetworkPath
 from takd.study.statistics import Difference
 
@@ -334,11 +334,10 @@ def section(document: Document, question: Question) -> str:
     document.figure(f"figures/{name}", draw(pairs), caption)
     rows, papers = [], [published.papers_number(arm.group) for arm in arms]
     for arm, paper in zip(arms, papers, strict=True):
-        best = percent(arm.group.mean("best"), arm.group.deviation("best")) if paper is not None else ""
-        last = percent(arm.group.mean("last"), arm.group.deviation("last"))
+        best = outcome(arm.group, "best") if paper is not None else ""
         trained = " + ".join(map(str, arm.epochs)) if arm.steps else f"unknown + {arm.epochs[-1]}"
         made = [recipe_of(arm.group), method_of(arm.group), trained, seeds_of(arm.group)]
-        rows.append([arm.name, *made, last, best, percent(paper)])
+        rows.append([arm.name, *made, outcome(arm.group, "last"), best, percent(paper)])
     header = ["arm", "recipe, epochs", "method", "epochs below the teacher", "chains", "last epoch, %"]
     document.table([*header, "best test epoch, %", "the paper's, %"], rows)
     header = ["arm", "against", "n", "difference, points", "95 % interval", "p (Holm)", "detectable", "verdict"]

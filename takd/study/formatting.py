@@ -21,6 +21,10 @@ def percent(mean: float | None, deviation: float | None = None) -> str:
     return f"{mean:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
 
 
+def outcome(group: Group, which: str) -> str:
+    return percent(group.mean(which), group.deviation(which))
+
+
 def points(value: float, deviation: float | None = None) -> str:
     return f"{value:+.2f}".replace("-", "−") + (f" ± {deviation:.2f}" if deviation is not None else "")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from takd.config import run_config
 from takd.study import collect
 from takd.study.collect import Collection, Group, Run
-from takd.study.formatting import SYMBOLS, percent, seeds_of
+from takd.study.formatting import SYMBOLS, outcome, seeds_of
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Search:
         for group in self.groups:
             values = [group.options.get(key) for key in self.searched]
             cells = [f"{value:g}" if isinstance(value, int | float) else f"{value or ''}" for value in values]
-            outcomes = [percent(group.mean(which), group.deviation(which)) for which in ("selection", "best")]
+            outcomes = [outcome(group, which) for which in ("selection", "best")]
             rows.append([*cells, seeds_of(group), *outcomes[-len(judged) - 1 :]])
         return header, rows
 
