@@ -14,9 +14,8 @@ from takd.study.statistics import Difference
 
 MARGIN = 0.5  # points: arms that differ by less are equal in practice
 ROWS = 45  # of a figure: ten arms, each against each
-BETTER, WORSE, EQUAL, APART, UNTESTED = (
-    "better", "worse", f"equal within {MARGIN:g}", "cannot be told apart", "no test"
-)  # fmt: skip
+BETTER, WORSE, APART, UNTESTED = "better", "worse", "cannot be told apart", "no test"
+EQUAL = f"equal within {MARGIN:g}"
 HEADLINES = {
     BETTER: "help by",
     WORSE: "do not help",
@@ -378,8 +377,9 @@ def draw(columns: int, pairs: Sequence[Pair]) -> Any:
     axes.axvspan(-MARGIN, MARGIN, color=figures.PALE, zorder=0)
     axes.axvline(0, color=figures.INK, lw=0.9, zorder=1)
     axes.set_yticks(range(len(labels)), labels, fontsize=8.5)
-    for label in (label for label in axes.get_yticklabels() if label.get_text().startswith("against ")):
-        label.set(weight="bold", color=figures.INK)
+    for label in axes.get_yticklabels():
+        if label.get_text().startswith("against "):
+            label.set(weight="bold", color=figures.INK)
     axes.set(ylim=(len(labels) - 0.4, -0.6), xlabel="difference, points")
     axes.grid(axis="y", visible=False)
     figure.set_size_inches(6 if columns > 1 else 4.2, 0.23 * len(labels) + 0.8)

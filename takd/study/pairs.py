@@ -35,13 +35,9 @@ class Pair:
 
     @property
     def teacher_sentence(self) -> str:
-        percents = [
-            run.summary["teacher_test_accuracy_percent"]
-            for group in self.rows.values()
-            for run in group.runs
-            if run.summary and run.summary.get("teacher_test_accuracy_percent") is not None
-        ]
-        if not percents:
+        summaries = [run.summary or {} for group in self.rows.values() for run in group.runs]
+        known = [summary.get("teacher_test_accuracy_percent") for summary in summaries]
+        if not (percents := [percent for percent in known if percent is not None]):
             return ""
         low, high = min(percents), max(percents)
         has = f"{low:.2f} %" if high - low < 0.005 else f"{low:.2f} to {high:.2f} %"

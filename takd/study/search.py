@@ -39,6 +39,7 @@ class Draws:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         self.space, journal = sweep.space, str(sweep.journal)
+        self.distributions = {key: _distribution(parameter) for key, parameter in sweep.space.items()}
         if sweep.journal.exists() and not (content := sweep.journal.read_bytes()).endswith(b"\n"):
             os.truncate(journal, content.rfind(b"\n") + 1)  # a writer was killed, or the disk was full
         # No seed: workers with the same one would draw the same settings.
@@ -70,14 +71,14 @@ class Draws:
         if len(before) == combinations(self.space.values()):
             return False
         for _ in range(REDRAWS):
-            trial = self.study.ask({key: _distribution(parameter) for key, parameter in self.space.items()})
+            trial = self.study.ask(self.distributions)
             if len(self.settings()) > len(before):
                 return True
             self.study.tell(trial, state=TrialState.FAIL)
         while (setting := {key: random.choice(each.values or []) for key, each in self.space.items()}) in before:
             pass  # TPE repeats itself like this only in a small space
         self.study.enqueue_trial(setting)
-        self.study.ask({key: _distribution(parameter) for key, parameter in self.space.items()})
+        self.study.ask(self.distributions)
         return True
 
 
