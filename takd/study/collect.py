@@ -159,9 +159,8 @@ def collect(places: Iterable[str | Path]) -> Collection:
         elif place.is_dir():
             _read_folders(place, found)
         else:
-            raise UserError(
-                f"{place} is neither a folder nor a .jsonl file; give folders with runs of train.py, such as runs/paths"
-            )
+            fix = "give folders with runs of train.py, such as runs/paths"
+            raise UserError(f"{place} is neither a folder nor a .jsonl file; {fix}")
     return found
 
 
@@ -189,16 +188,16 @@ def keep(collection: Collection, file: Path) -> None:
     def name(folder: Path) -> str:
         return os.path.relpath(folder.resolve(), above)
 
+    def failed(why: str | None) -> dict[str, Any]:
+        return {"failed": why} if why else {}
+
     lines: list[dict[str, Any]] = []
     for study, planned in collection.planned.items():
-        trainings = [
-            {"path": path, "seed": seed} | ({"failed": why} if why else {}) for (path, seed), why in planned.items()
-        ]
+        trainings = [{"path": path, "seed": seed} | failed(why) for (path, seed), why in planned.items()]
         lines.append({"study": name(study), "planned": trainings})
     for run in collection.runs.values():
-        place = {"run": name(run.folder), "study": run.study and name(run.study)}
-        failed = {"failed": run.failed} if run.failed else {}
-        lines.append({**place, **failed, "config": run.config, "summary": run.summary, "epochs": run.records})
+        place = {"run": name(run.folder), "study": run.study and name(run.study)} | failed(run.failed)
+        lines.append(place | {"config": run.config, "summary": run.summary, "epochs": run.records})
     with files.replacing(file) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
@@ -345,15 +344,15 @@ class Study:
         leaves = [path for path in paths if not any(other[: len(path)] == path and other != path for other in paths)]
         return self.ends + [path for path in leaves if path[-1] != self.student]
 
-    def mean(self, path: NetworkPath, which: str = "best") -> float | None:
-        """Over the seeds in common."""
+    def mean(self, path: NetworkPath) -> float | None:
+        """Of the best epochs, over the seeds in common."""
         cell = self.cell(path)
-        return cell.mean(which) if cell else None
+        return cell.mean("best") if cell else None
 
-    def best(self, which: str = "best") -> NetworkPath | None:
+    def best(self) -> NetworkPath | None:
         """The path to the student with the highest mean, None before one is finished."""
-        done = [path for path in self.ends if self.mean(path, which) is not None]
-        return max(done, key=lambda path: self.mean(path, which) or 0, default=None)
+        means = {path: mean for path in self.ends if (mean := self.mean(path)) is not None}
+        return max(means, key=lambda path: means[path], default=None)
 
     def short(self, path: NetworkPath) -> str:
         """A path in numbers only if these are unambiguous, as within one family."""
@@ -421,10 +420,9 @@ def _sizes(paths: Iterable[NetworkPath]) -> NetworkPath:
     networks = list(dict.fromkeys(network for path in sorted(paths, key=len, reverse=True) for network in path))
     ordered: list[str] = []
     while networks:  # next, one that no remaining network precedes in a path
-        free = [
-            n for n in networks if not any(n in path and set(path[: path.index(n)]) & set(networks) for path in paths)
-        ]
-        chosen = max(free or networks, key=plan.size)
+        remaining = [[network for network in path if network in networks] for path in paths]
+        preceded = {network for path in remaining for network in path[1:]}
+        chosen = max([each for each in networks if each not in preceded] or networks, key=plan.size)
         ordered.append(chosen)
         networks.remove(chosen)
     return tuple(ordered)

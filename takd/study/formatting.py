@@ -129,5 +129,5 @@ def _differing(group: Group, alike: Sequence[Group]) -> list[str]:
     return [setting_text(key, group.settings.get(key)) for key in differ]
 
 
-def learned_from(group: Group) -> str:
-    return arrows(group.path[:-1]) or "labels"
+def learned_from(path: Sequence[str]) -> str:
+    return arrows(path[:-1]) or "labels"

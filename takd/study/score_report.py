@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from takd.study.document import Document
+from takd.study.formatting import learned_from
+from takd.study.plan import arrows
 
 Result = dict[str, Any]
 BATCHES = (1, 128)  # batch sizes that latency is measured with
@@ -34,10 +36,6 @@ class Scored(NamedTuple):
     answers: Any
 
 
-def learned_from(result: Result) -> str:
-    return " > ".join(result["path"][:-1]) or "labels"
-
-
 def score_rows(results: Iterable[Result]) -> Iterator[list[str]]:
     """Heading and a row of cells for each result."""
     results = list(results)
@@ -46,7 +44,7 @@ def score_rows(results: Iterable[Result]) -> Iterator[list[str]]:
     for result in results:
         scores = [f"{result[key]:.2f}" for key in ("test_accuracy_percent", "test_top5_percent")]
         parameters, loss = f"{result['parameters']:,}", f"{result['test_loss']:.4f}"
-        yield [result["model"], learned_from(result), result["dataset"], parameters, *scores, loss]
+        yield [result["model"], learned_from(result["path"]), result["dataset"], parameters, *scores, loss]
 
 
 def cost_rows(results: Sequence[Result]) -> Iterator[list[str]]:
@@ -59,7 +57,7 @@ def cost_rows(results: Sequence[Result]) -> Iterator[list[str]]:
         cells = [show(result[key]) for key, (_, show) in COSTS.items()]
         if "saving" in result:
             cells = [f"{cell} ({result['saving'][key]:.1f})" for cell, key in zip(cells, COSTS, strict=True)]
-        yield [result["model"], learned_from(result), *(beside if compared else []), *cells]
+        yield [result["model"], learned_from(result["path"]), *(beside if compared else []), *cells]
 
 
 def text_table(rows: Iterable[Sequence[str]], left: int) -> str:
@@ -143,7 +141,7 @@ def write_report(folder: str | Path, networks: Sequence[Scored]) -> None:
         shown = [i for i, result in enumerate(results) if result["dataset"] == dataset]
         by_name = zip(networks[shown[0]].classes, *(tables[i].accuracies for i in shown), strict=True)
         document.heading(f"Accuracy by class, {dataset}, %")
-        header = ["class", *(" > ".join(results[i]["path"]) for i in shown)]
+        header = ["class", *(arrows(results[i]["path"]) for i in shown)]
         rows = [[name, *("" if v is None else f"{v:.2f}" for v in values)] for name, *values in by_name]
         document.table(header, [*rows, ["Overall", *(f"{results[i]['test_accuracy_percent']:.2f}" for i in shown)]])
     for scored, stem, table in zip(networks, stems, tables, strict=True):
@@ -160,7 +158,7 @@ def _network_section(
     from takd.study import figures
 
     result, classes, right = scored.result, scored.classes, table.accuracies
-    document.heading(f"{' > '.join(result['path'])}: {result['test_accuracy_percent']:.2f} % on {result['dataset']}")
+    document.heading(f"{arrows(result['path'])}: {result['test_accuracy_percent']:.2f} % on {result['dataset']}")
     document.text(f"{result['checkpoint']}, {result['images']:,} images ({result['split']}); the files are in {stem}/.")
     drawn = figures.class_accuracy(classes, right, result["test_accuracy_percent"], of_teacher)
     document.figure(f"{stem}/class_accuracy", drawn, "Accuracy by class.")
@@ -222,5 +220,5 @@ def _flat(result: Result) -> dict[str, Any]:
         elif key == "saving":
             row |= {f"saving_{name}": ratio for name, ratio in value.items()}
         else:
-            row[key] = " > ".join(value) if key == "path" else value
+            row[key] = arrows(value) if key == "path" else value
     return row

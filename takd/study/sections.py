@@ -285,7 +285,7 @@ def leaderboard(document: Document, groups: Sequence[Group]) -> None:
             network = group.path[-1]
             ranks[network] += 1
             outcomes = [outcome(group, which) for which in collect.OUTCOMES]
-            learned = [learned_from(group), method_of(group), recipe, seeds_of(group)]
+            learned = [learned_from(group.path), method_of(group), recipe, seeds_of(group)]
             seconds = "" if group.epoch_seconds is None else f"{group.epoch_seconds:.1f}"
             rows.append([network, str(ranks[network]) if group.finished else "", *learned, *outcomes, seconds])
         header = ["network", "rank", "learned from", "method", "recipe, epochs", "seeds", "best, %", "last, %"]

@@ -58,9 +58,8 @@ class Sweep:
             new: dict[str, Any] = {"sweep": now, "trials": 0, "failed": {}}
             noted = self.read() if self.study_file.exists() else new
             if changes := differences(noted["sweep"], now):
-                raise UserError(
-                    f"{self.folder} holds another sweep ({changes}); give another --runs or delete that folder"
-                )
+                fix = "give another --runs or delete that folder"
+                raise UserError(f"{self.folder} holds another sweep ({changes}); {fix}")
             (self.folder / "logs").mkdir(exist_ok=True)
             files.remove_leftovers(self.folder, STUDY_FILE)
             files.save_json(noted | {"trials": max(trials, noted["trials"])}, self.study_file)
