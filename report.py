@@ -44,12 +44,10 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     try:
-        instead = [flag for flag, given in (("--keep", args.keep), ("--table", args.table is not None)) if given]
-        unused = [
-            flag for flag, given in (("--output", args.output), ("--price-per-hour", args.price_per_hour)) if given
-        ]
-        if len(instead) > 1 or (instead and unused):
-            raise UserError(f"{instead[0]} writes no report: {[*instead[1:], *unused][0]} has no effect; leave one out")
+        values = {"--keep": args.keep, "--table": args.table is not None, "--output": args.output}
+        given = [flag for flag, value in (values | {"--price-per-hour": args.price_per_hour}).items() if value]
+        if len(given) > 1 and given[0] in ("--keep", "--table"):
+            raise UserError(f"{given[0]} writes no report: {given[1]} has no effect; leave one out")
         if args.keep:
             files.check_folder(Path(args.keep).parent, "--keep")
             if Path(args.keep).suffix != ".jsonl" or (Path(args.keep).exists() and not Path(args.keep).is_file()):

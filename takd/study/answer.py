@@ -8,15 +8,14 @@ from typing import Any
 from takd.study import figures, published, statistics
 from takd.study.arms import Arm, Question, digests, top_digest
 from takd.study.document import Document
-from takd.study.formatting import listed, method_of, p_value, percent, points, recipe_of, seeds_of
+from takd.study.formatting import listed, method_of, outcome, p_value, percent, points, recipe_of, seeds_of
 from takd.study.plan import NetworkPath
 from takd.study.statistics import Difference
 
 MARGIN = 0.5  # points: arms that differ by less are equal in practice
 ROWS = 45  # of a figure: ten arms, each against each
-BETTER, WORSE, EQUAL, APART, UNTESTED = (
-    "better", "worse", f"equal within {MARGIN:g}", "cannot be told apart", "no test"
-)  # fmt: skip
+BETTER, WORSE, APART, UNTESTED = "better", "worse", "cannot be told apart", "no test"
+EQUAL = f"equal within {MARGIN:g}"
 HEADLINES = {
     BETTER: "help by",
     WORSE: "do not help",
@@ -121,9 +120,8 @@ def outcomes(arms: Sequence[Arm], pairs: Sequence[Pair]) -> list[Outcome]:
     """One for each arm with assistants that shares a chain with another arm."""
     found = []
     for arm in (arm for arm in arms if arm.assisted and any(arm in (pair.arm, pair.reference) for pair in pairs)):
-        direct = [
-            pair for pair in pairs if pair.arm is arm and pair.reference.direct and pair.reference.method == arm.method
-        ]
+        direct = [pair for pair in pairs if pair.arm is arm and pair.reference.direct]
+        direct = [pair for pair in direct if pair.reference.method == arm.method]
         found.append(Outcome(arm, sorted(direct, key=lambda pair: arm.length(pair.reference) != 1)))
     return found
 
@@ -141,11 +139,11 @@ def headline(question: Question, found: Sequence[Outcome]) -> str:
     parts = []
     for verdict, words in HEADLINES.items():
         if members := [outcome for outcome in found if outcome.verdict == verdict]:
-            named = [outcome.gain if verdict == BETTER else outcome.arm.name for outcome in members]
-            inside = (
-                f" {' and '.join(named)}" if verdict == BETTER else f" ({'; '.join(named)})" if len(found) > 1 else ""
-            )
-            parts.append(words + inside)
+            if verdict == BETTER:
+                words += f" {' and '.join(outcome.gain for outcome in members)}"
+            elif len(found) > 1:
+                words += f" ({'; '.join(outcome.arm.name for outcome in members)})"
+            parts.append(words)
     return f"Assistants {', '.join(parts[:-1])}{' and ' if parts[1:] else ''}{parts[-1]}."
 
 
@@ -180,9 +178,8 @@ def sentence(pair: Pair, remark: str = "") -> str:
     if not interval:
         return f"{start} in {'one chain' if n == 1 else f'each of {n} chains, without any spread to test by'}."
     p = p_value(pair.p)
-    found = (
-        f"[{', '.join(map(points, interval))}], p {f'< {p[1:]}' if p[0] == '<' else f'= {p}'}, n = {n}: {pair.verdict}"
-    )
+    p = f"< {p[1:]}" if p[0] == "<" else f"= {p}"
+    found = f"[{', '.join(map(points, interval))}], p {p}, n = {n}: {pair.verdict}"
     if pair.verdict == APART:
         enough = f"a true difference of {pair.difference.detectable:.2f} or more"
         found += f"; {enough} would be found with probability {statistics.POWER:g} or more"
@@ -199,13 +196,8 @@ def doubts(question: Question) -> Iterator[str]:
         if len(arm.values) < len(seeds):
             have = " ".join(map(str, arm.values))
             yield f"{arm.name[0].upper() + arm.name[1:]} has {len(arm.values)} of {len(seeds)} chains (seeds {have})."
-    lost = [
-        f"{arm.name}, seed {run.seed} ({run.progress})"
-        for arm in question.arms
-        for run in arm.group.runs
-        if not run.finished
-    ]
-    if lost:
+    unfinished = [(arm, run) for arm in question.arms for run in arm.group.runs if not run.finished]
+    if lost := [f"{arm.name}, seed {run.seed} ({run.progress})" for arm, run in unfinished]:
         yield f"Not finished, and left out: {'; '.join(lost)}."
         yield "An arm looks better than it is if the runs that it lacks diverged."
     if question.repeated:
@@ -324,11 +316,11 @@ def paragraphs(question: Question, pairs: Sequence[Pair]) -> list[str]:
 def section(document: Document, question: Question) -> str:
     """The section of a report on one question. Returns its headline."""
     arms, pairs, student = question.arms, compare(question.arms), question.student
-    answer, *rest = paragraphs(question, pairs)
+    answer, *_ = found = paragraphs(question, pairs)
     ask = "Do assistants help?" if any(arm.assisted for arm in arms) else "Ways to train"
     origin = f" from {question.teacher}" if question.teacher else ""
     document.heading(f"{ask} {student}{origin} on {question.dataset}")
-    for paragraph in (answer, *rest):
+    for paragraph in found:
         document.text(paragraph)
     if all(pair.verdict == UNTESTED for pair in pairs):
         return answer
@@ -341,21 +333,10 @@ def section(document: Document, question: Question) -> str:
     document.figure(f"figures/{name}", draw(pairs), caption)
     rows, papers = [], [published.papers_number(arm.group) for arm in arms]
     for arm, paper in zip(arms, papers, strict=True):
-        best = percent(arm.group.mean("best"), arm.group.deviation("best")) if paper is not None else ""
-        last = percent(arm.group.mean("last"), arm.group.deviation("last"))
+        best = outcome(arm.group, "best") if paper is not None else ""
         trained = " + ".join(map(str, arm.epochs)) if arm.steps else f"unknown + {arm.epochs[-1]}"
-        rows.append(
-            [
-                arm.name,
-                recipe_of(arm.group),
-                method_of(arm.group),
-                trained,
-                seeds_of(arm.group),
-                last,
-                best,
-                percent(paper),
-            ]
-        )
+        made = [recipe_of(arm.group), method_of(arm.group), trained, seeds_of(arm.group)]
+        rows.append([arm.name, *made, outcome(arm.group, "last"), best, percent(paper)])
     header = ["arm", "recipe, epochs", "method", "epochs below the teacher", "chains", "last epoch, %"]
     document.table([*header, "best test epoch, %", "the paper's, %"], rows)
     header = ["arm", "against", "n", "difference, points", "95 % interval", "p (Holm)", "detectable", "verdict"]
@@ -367,20 +348,10 @@ def section(document: Document, question: Question) -> str:
 
 
 def _row(pair: Pair) -> list[str]:
-    found, spread = pair.difference, pair.difference.deviation
-    mean = points(found.mean) + ("" if spread is None else f" ± {spread:.2f}")
+    found = pair.difference
     interval = " to ".join(map(points, found.interval or ()))
-    detectable = "" if found.detectable is None else f"{found.detectable:.2f}"
-    return [
-        pair.arm.name,
-        pair.reference.name,
-        str(found.seeds),
-        mean,
-        interval,
-        p_value(pair.p),
-        detectable,
-        pair.verdict,
-    ]
+    numbers = [str(found.seeds), points(found.mean, found.deviation), interval, p_value(pair.p)]
+    return [pair.arm.name, pair.reference.name, *numbers, percent(found.detectable), pair.verdict]
 
 
 # ---------------------------------------------------------------------------------------------------- the figure
@@ -406,8 +377,9 @@ def draw(columns: int, pairs: Sequence[Pair]) -> Any:
     axes.axvspan(-MARGIN, MARGIN, color=figures.PALE, zorder=0)
     axes.axvline(0, color=figures.INK, lw=0.9, zorder=1)
     axes.set_yticks(range(len(labels)), labels, fontsize=8.5)
-    for label in (label for label in axes.get_yticklabels() if label.get_text().startswith("against ")):
-        label.set(weight="bold", color=figures.INK)
+    for label in axes.get_yticklabels():
+        if label.get_text().startswith("against "):
+            label.set(weight="bold", color=figures.INK)
     axes.set(ylim=(len(labels) - 0.4, -0.6), xlabel="difference, points")
     axes.grid(axis="y", visible=False)
     figure.set_size_inches(6 if columns > 1 else 4.2, 0.23 * len(labels) + 0.8)

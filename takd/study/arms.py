@@ -7,6 +7,7 @@ settings and those of the networks above.
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +17,12 @@ from takd.config import names
 from takd.config.run_config import one_or_more
 from takd.study import plan
 from takd.study.collect import APART, Group, Run
+from takd.study.formatting import SYMBOLS, setting_text, value_text
 from takd.study.plan import NetworkPath
 
 # Equal in all arms that are compared:
 DATA = ("dataset", "images", "image_size", "train_images", "test_images", "validation_split")
-SYMBOLS = {"temperature": "T", "lambda": "λ"}
+
 SAME_STEPS = 0.02  # numbers of training steps that differ by less are equal
 
 
@@ -59,7 +61,7 @@ class Arm:
     @property
     def method(self) -> str:
         """dgkd of one teacher is kd."""
-        return {"dgkd": "kd"}.get(self.group.method or "", self.group.method or "")
+        return "kd" if self.group.method == "dgkd" else self.group.method or ""
 
     @property
     def values(self) -> dict[int, float]:
@@ -196,11 +198,11 @@ def digests(run: Run, above: Lineage) -> set[str]:
 
 def top_digest(run: Run, above: Lineage) -> set[str]:
     """Of the weights of its path's first network; empty where that is not recorded."""
-    names_and_weights = (
-        zip(one_or_more(each.config.get("teacher")), one_or_more(each.config.get("teacher_weights")), strict=False)
-        for each in (run, *above.runs)
-    )
-    return {weights for pairs in names_and_weights for network, weights in pairs if network == run.path[0]}
+    found = set()
+    for config in (each.config for each in (run, *above.runs)):
+        networks, weights = one_or_more(config.get("teacher")), one_or_more(config.get("teacher_weights"))
+        found |= {digest for network, digest in zip(networks, weights, strict=False) if network == run.path[0]}
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------- arms
@@ -221,9 +223,8 @@ def arms_of(runs: Iterable[Run], above: Mapping[int, Lineage]) -> tuple[list[Arm
             arm.above[run.seed] = up
     arms = [arm for variants in found.values() for arm in variants.values()]
     _name(arms)
-    return sorted(
-        arms, key=lambda arm: (arm.assisted, len(arm.path), len(arm.teachers), arm.epochs, arm.name)
-    ), repeated
+    arms.sort(key=lambda arm: (arm.assisted, len(arm.path), len(arm.teachers), arm.epochs, arm.name))
+    return arms, repeated
 
 
 def _networks(path: Iterable[str]) -> list[str]:
@@ -254,9 +255,9 @@ def _name(arms: Sequence[Arm]) -> None:
             route = f"through {through}" if through else "direct" if arm.teachers else "alone"
         routes.setdefault(route, []).append((arm, _words(arm)))
     for route, members in routes.items():
-        taken: dict[str, int] = {}
+        taken: Counter[str] = Counter()
+        others = [other for _, other in members]
         for arm, words in members:
-            others = [other for _, other in members]
             alike = [other for other in others if other.get("method") == words.get("method")]  # these share options
             differ = [
                 text
@@ -264,7 +265,7 @@ def _name(arms: Sequence[Arm]) -> None:
                 if any(other.get(key) != text for other in (alike if key.startswith("option") else others))
             ]
             name = f"{route} ({', '.join(differ)})" if differ else route
-            taken[name] = taken.get(name, 0) + 1
+            taken[name] += 1
             arm.name = name if taken[name] == 1 else f"{name}, variant {taken[name]}"
 
 
@@ -282,16 +283,10 @@ def _own_words(config: Mapping[str, Any]) -> dict[str, str]:
     if config.get("method"):
         words["method"] = config["method"]
     for key, value in (config.get("method_options") or {}).items():
-        words[f"option {key}"] = f"{SYMBOLS.get(key, key)} {_short(value)}"
+        words[f"option {key}"] = f"{SYMBOLS.get(key, key)} {value_text(value)}"
     hidden = {"epochs", "student", "teacher", "method", "method_options", *SYMBOLS, *DATA, *APART}
     for key, value in config.items():
         derived = str((config.get("origins") or {}).get(key, "")).startswith(("recipe", "data set", "its"))
         if key not in hidden and not derived:
-            words[key] = f"{key.replace('_', ' ')} {_short(value)}"
+            words[key] = setting_text(key, value)
     return words
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(_short, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else str(value)

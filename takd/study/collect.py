@@ -9,8 +9,9 @@ import functools
 import json
 import os
 import statistics
+from collections import Counter
 from collections.abc import Collection as Seeds
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from takd.config import names
 from takd.config.run_config import INCIDENTAL
 from takd.errors import UserError
 from takd.files import ANYTHING, TEXT
-from takd.run.run_directory import CONFIG, SUMMARY, RunDirectory, misfit_of_records
+from takd.run.run_directory import CONFIG, SUMMARY, RunDirectory, best_of, misfit_of_records
 from takd.study import plan
 from takd.study.plan import NetworkPath
 
@@ -114,9 +115,7 @@ class Run:
 
     @functools.cached_property
     def best_record(self) -> dict[str, Any]:
-        """Of several best epochs the first, as in train.py."""
-        key = f"{self.selection}_accuracy_percent"
-        return max(self.records, key=lambda record: record[key])
+        return best_of(self.records)
 
     @property
     def progress(self) -> str:
@@ -125,50 +124,30 @@ class Run:
 
 @dataclass
 class Collection:
-    """Runs, what could not be read, and {study: [(path, seed)]} that was planned."""
+    """Runs, what could not be read, and {study: {(path, seed): why it failed, or None}} that was planned."""
 
     runs: dict[Path, Run] = field(default_factory=dict)
     unreadable: list[str] = field(default_factory=list)
-    planned: dict[Path, list[tuple[NetworkPath, int]]] = field(default_factory=dict)
-    failed: dict[Path, dict[tuple[NetworkPath, int], str]] = field(default_factory=dict)  # {study: {planned: reason}}
+    planned: dict[Path, dict[tuple[NetworkPath, int], str | None]] = field(default_factory=dict)
 
-    def add(
-        self,
-        folder: Path,
-        study: Path | None,
-        config: Any,
-        records: Sequence[Any],
-        summary: Any,
-        failed: str | None = None,
-    ) -> None:
-        self.runs[folder.resolve()] = Run(folder, study, config, tuple(records), summary, failed)
-
-    def check_and_add(
-        self,
-        folder: Path,
-        study: Path | None,
-        config: Any,
-        records: Sequence[Any],
-        summary: Any,
-        failed: str | None = None,
-    ) -> None:
+    def add(self, run: Run) -> None:
         """A run as it was read: its files each have their form, but may contradict each other."""
-        wrong = None
-        if len(records) > config["epochs"] or (summary and len(records) < config["epochs"]):
-            wrong = f"metrics.jsonl has {len(records)} of {config['epochs']} epochs"
-        elif records and config["validation_split"] and "validation_accuracy_percent" not in records[0]:
+        records, epochs, wrong = run.records, run.config["epochs"], None
+        if len(records) > epochs or (run.summary and len(records) < epochs):
+            wrong = f"metrics.jsonl has {len(records)} of {epochs} epochs"
+        elif records and run.config["validation_split"] and "validation_accuracy_percent" not in records[0]:
             wrong = "metrics.jsonl has no validation_accuracy_percent"
-        elif summary and summary["path"] != config["path"]:
+        elif run.summary and run.summary["path"] != run.config["path"]:
             wrong = "summary.json is of another run"
         if wrong:
-            self.unreadable.append(f"{folder}: {wrong}")
+            self.unreadable.append(f"{run.folder}: {wrong}")
         else:
-            self.add(folder, study, config, records, summary, failed)
+            self.runs[run.folder.resolve()] = run
 
     def plan(self, study: Path, planned: Iterable[Mapping[str, Any]]) -> None:
-        trainings = {(tuple(training["path"]), training["seed"]): training.get("failed") for training in planned}
-        self.planned[study] = list(trainings)
-        self.failed[study] = {training: reason for training, reason in trainings.items() if reason}
+        self.planned[study] = {
+            (tuple(training["path"]), training["seed"]): training.get("failed") for training in planned
+        }
 
 
 def collect(places: Iterable[str | Path]) -> Collection:
@@ -180,9 +159,8 @@ def collect(places: Iterable[str | Path]) -> Collection:
         elif place.is_dir():
             _read_folders(place, found)
         else:
-            raise UserError(
-                f"{place} is neither a folder nor a .jsonl file; give folders with runs of train.py, such as runs/paths"
-            )
+            fix = "give folders with runs of train.py, such as runs/paths"
+            raise UserError(f"{place} is neither a folder nor a .jsonl file; {fix}")
     return found
 
 
@@ -192,18 +170,14 @@ def _read_folders(folder: Path, found: Collection) -> None:
         above = file.parent.parent
         study = above if (above / plan.STUDY_FILE).is_file() and not (above / TRIALS).is_dir() else None
         if study and study not in found.planned:
-            found.plan(study, _planned(study))
+            planned = plan.read(study).items()
+            found.plan(study, (training | {"failed": RunDirectory(study / name).failure} for name, training in planned))
         try:
             contents = directory.config(), directory.records(), directory.summary()
         except UserError as error:
             found.unreadable.append(str(error).partition(";")[0])
         else:
-            found.check_and_add(file.parent, study, *contents, directory.failure)
-
-
-def _planned(study: Path) -> Iterator[dict[str, Any]]:
-    for name, training in plan.read(study).items():
-        yield training | {"failed": RunDirectory(study / name).failure}
+            found.add(Run(file.parent, study, *contents, directory.failure))
 
 
 # --------------------------------------------------------------------------------------------------- kept runs
@@ -214,17 +188,16 @@ def keep(collection: Collection, file: Path) -> None:
     def name(folder: Path) -> str:
         return os.path.relpath(folder.resolve(), above)
 
+    def failed(why: str | None) -> dict[str, Any]:
+        return {"failed": why} if why else {}
+
     lines: list[dict[str, Any]] = []
     for study, planned in collection.planned.items():
-        trainings = [{"path": path, "seed": seed} for path, seed in planned]
-        for training, key in zip(trainings, planned, strict=True):
-            if reason := collection.failed[study].get(key):
-                training["failed"] = reason
+        trainings = [{"path": path, "seed": seed} | failed(why) for (path, seed), why in planned.items()]
         lines.append({"study": name(study), "planned": trainings})
     for run in collection.runs.values():
-        place = {"run": name(run.folder), "study": run.study and name(run.study)}
-        failed = {"failed": run.failed} if run.failed else {}
-        lines.append({**place, **failed, "config": run.config, "summary": run.summary, "epochs": run.records})
+        place = {"run": name(run.folder), "study": run.study and name(run.study)} | failed(run.failed)
+        lines.append(place | {"config": run.config, "summary": run.summary, "epochs": run.records})
     with files.replacing(file) as temporary:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
@@ -233,17 +206,16 @@ def _read_kept(file: Path, found: Collection) -> None:
     try:
         for number, line in enumerate(map(json.loads, files.read_text(file).splitlines()), 1):
             planned = isinstance(line, dict) and "planned" in line
-            if wrong := files.misfit(line, KEPT_PLAN if planned else KEPT_RUN):
+            wrong = files.misfit(line, KEPT_PLAN if planned else KEPT_RUN)
+            if wrong := wrong or (None if planned else misfit_of_records(line["epochs"])):
                 raise ValueError(f"line {number}: {wrong}")
             if planned:
                 found.plan(file / line.get("study", "."), line["planned"])
             else:
-                if wrong := misfit_of_records(line["epochs"]):
-                    raise ValueError(f"line {number}: {wrong}")
                 name = line.get("study", "." if file in found.planned else None)
                 study = None if name is None else file / name
                 contents = line["config"], line["epochs"], line.get("summary"), line.get("failed")
-                found.check_and_add(file / line["run"], study, *contents)
+                found.add(Run(file / line["run"], study, *contents))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}); report.py --keep writes such files") from None
 
@@ -305,15 +277,12 @@ class Group:
 def group(runs: Iterable[Run]) -> list[Group]:
     """Runs by everything but the seed. A run whose seed its group has already begins another group."""
     groups: dict[Any, Group] = {}
+    seen: Counter[Any] = Counter()
     for run in sorted(runs, key=lambda run: (run.seed, str(run.folder))):
-        settings = json.dumps(run.settings, sort_keys=True)
-        again = 0
-        while any(
-            member.seed == run.seed
-            for member in groups.setdefault((run.path, settings, again), Group(run.path, run.config)).runs
-        ):
-            again += 1
-        groups[run.path, settings, again].runs.append(run)
+        alike = run.path, json.dumps(run.settings, sort_keys=True)
+        again = seen[alike, run.seed]
+        seen[alike, run.seed] += 1
+        groups.setdefault((alike, again), Group(run.path, run.config)).runs.append(run)
     return list(groups.values())
 
 
@@ -375,15 +344,15 @@ class Study:
         leaves = [path for path in paths if not any(other[: len(path)] == path and other != path for other in paths)]
         return self.ends + [path for path in leaves if path[-1] != self.student]
 
-    def mean(self, path: NetworkPath, which: str = "best") -> float | None:
-        """Over the seeds in common."""
+    def mean(self, path: NetworkPath) -> float | None:
+        """Of the best epochs, over the seeds in common."""
         cell = self.cell(path)
-        return cell.mean(which) if cell else None
+        return cell.mean("best") if cell else None
 
-    def best(self, which: str = "best") -> NetworkPath | None:
+    def best(self) -> NetworkPath | None:
         """The path to the student with the highest mean, None before one is finished."""
-        done = [path for path in self.ends if self.mean(path, which) is not None]
-        return max(done, key=lambda path: self.mean(path, which) or 0, default=None)
+        means = {path: mean for path in self.ends if (mean := self.mean(path)) is not None}
+        return max(means, key=lambda path: means[path], default=None)
 
     def short(self, path: NetworkPath) -> str:
         """A path in numbers only if these are unambiguous, as within one family."""
@@ -396,18 +365,21 @@ def studies(found: Collection) -> list[Study]:
     to both guidances; a search's trials to none, nor do paths in which a network teaches one of its own kind.
     """
     parts: dict[Any, list[Run]] = {}
-    for run in [run for run in found.runs.values() if not run.search and _all_differ(run.path)]:
+    for run in found.runs.values():
+        if run.search or len(set(plan.networks(run.path))) < len(run.path):
+            continue
         alike = ("recipe", "epochs", "image_size", "validation_split")
         comparable = None if run.study else (run.train_images, *map(run.config.get, alike))
         for guidance in _guidances(run.path):
             parts.setdefault((run.study, run.data, comparable, guidance), []).append(run)
     result = []
     for (folder, _, _, guidance), members in parts.items():
-        mine = [(path, seed) for path, seed in found.planned.get(folder, []) if guidance in _guidances(path)]
-        planned = [(plan.networks(path), seed) for path, seed in mine]
-        reasons = found.failed.get(folder, {}) | {(run.path, run.seed): run.failed for run in members if run.failed}
+        noted = found.planned.get(folder, {})
+        planned = [plan.networks(path) for path, _ in noted if guidance in _guidances(path)]
+        reasons = {training: why for training, why in noted.items() if why}
+        reasons |= {(run.path, run.seed): run.failed for run in members if run.failed}
         failed = {(plan.networks(path), seed): why for (path, seed), why in reasons.items()}
-        paths = {plan.networks(run.path) for run in members} | {path for path, _ in planned}
+        paths = {plan.networks(run.path) for run in members} | {*planned}
         if guidance == "all" and max(map(len, paths)) < 3:
             continue
         for teacher in dict.fromkeys(path[0] for path in sorted(paths, key=len, reverse=True) if len(path) > 1):
@@ -421,18 +393,13 @@ def studies(found: Collection) -> list[Study]:
                 if path in cells:
                     ambiguous.append(path)
                 cells[path] = candidate
-            wanted = [path for path, _ in planned if path in taught or (len(path) == 1 and path[0] in sizes)]
+            wanted = [path for path in planned if path in taught or (len(path) == 1 and path[0] in sizes)]
             seeds = {path: wanted.count(path) for path in wanted}
             of_these = {key: why for key, why in failed.items() if key[0] in {*wanted, *cells}}
             study = Study(folder, data_name(members[0]), sizes, cells, seeds, ambiguous, of_these, guidance)
             if planned or len(study.ends) > 1:
                 result.append(study)
     return result
-
-
-def _all_differ(path: NetworkPath) -> bool:
-    networks = plan.networks(path)
-    return len(set(networks)) == len(networks)
 
 
 def _guidances(path: NetworkPath) -> list[str]:
@@ -453,10 +420,9 @@ def _sizes(paths: Iterable[NetworkPath]) -> NetworkPath:
     networks = list(dict.fromkeys(network for path in sorted(paths, key=len, reverse=True) for network in path))
     ordered: list[str] = []
     while networks:  # next, one that no remaining network precedes in a path
-        free = [
-            n for n in networks if not any(n in path and set(path[: path.index(n)]) & set(networks) for path in paths)
-        ]
-        chosen = max(free or networks, key=plan.size)
+        remaining = [[network for network in path if network in networks] for path in paths]
+        preceded = {network for path in remaining for network in path[1:]}
+        chosen = max([each for each in networks if each not in preceded] or networks, key=plan.size)
         ordered.append(chosen)
         networks.remove(chosen)
     return tuple(ordered)

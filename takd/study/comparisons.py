@@ -34,9 +34,7 @@ def comparison(document: Document, kind: str, cells: Mapping[str, Group], refere
         sentences: list[str] = []
         for name, reference in references.items():
             members = [
-                None
-                if cell is reference or cell.runs == reference.runs
-                else statistics.difference(cell, reference, which)
+                statistics.difference(cell, reference, which) if cell.runs != reference.runs else None
                 for cell in cells.values()
             ]
             corrected = statistics.holm(members)
@@ -57,8 +55,7 @@ def comparison(document: Document, kind: str, cells: Mapping[str, Group], refere
 def _difference(difference: Difference | None) -> str:
     if difference is None:
         return ""
-    spread = difference.deviation if difference.deviation is not None else difference.sampling_error
-    return points(difference.mean) + (f" ± {spread:.2f}" if spread is not None else "")
+    return points(difference.mean, difference.sampling_error if difference.deviation is None else difference.deviation)
 
 
 def _explained(differences: Sequence[Difference]) -> Iterator[str]:

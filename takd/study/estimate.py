@@ -1,10 +1,10 @@
 """Time and disk space that a plan will take, from earlier runs on this machine or from `train.py --measure`."""
 
-import itertools
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from takd.config import names
@@ -36,27 +36,19 @@ def earlier_costs(folders: Iterable[str | Path], config: RunConfig, device: str)
     found: dict[str, list[Cost]] = {}
     keys = ("dataset", "batch_size", "image_size", "train_images", "test_images")
     comparable = {key: config.record().get(key) for key in keys}
-    for file in itertools.chain.from_iterable(
-        Path(folder).glob(depth) for folder in folders for depth in ("*/", "*/*/")
-    ):
-        run = RunDirectory(file)
+    for place in (place for folder in folders for depth in ("*/", "*/*/") for place in Path(folder).glob(depth)):
+        run = RunDirectory(place)
         try:
             recorded, summary = run.config(), run.summary()
         except UserError:
             continue
-        if recorded and summary:
-            environment = recorded["environment"]
-            here = environment["host"] == platform.node() and (environment["device"] == processor()) == (
-                device == "cpu"
-            )
-            if here and all(recorded.get(key) == value for key, value in comparable.items()):
-                found.setdefault(summary["model"], []).append(
-                    Cost(summary["seconds"] / summary["epochs"], summary["parameters"])
-                )
-    return {
-        network: Cost(sum(cost.epoch_seconds for cost in costs) / len(costs), costs[0].parameters)
-        for network, costs in found.items()
-    }
+        if recorded and summary and all(recorded.get(key) == value for key, value in comparable.items()):
+            where = recorded["environment"]
+            if where["host"] == platform.node() and (where["device"] == processor()) == (device == "cpu"):
+                cost = Cost(summary["seconds"] / summary["epochs"], summary["parameters"])
+                found.setdefault(summary["model"], []).append(cost)
+    means = {network: fmean(cost.epoch_seconds for cost in costs) for network, costs in found.items()}
+    return {network: Cost(seconds, found[network][0].parameters) for network, seconds in means.items()}
 
 
 def estimate(

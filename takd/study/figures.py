@@ -5,6 +5,7 @@ Shared look: ours in blue, the best marked in orange, trained alone in grey, pub
 
 import functools
 import io
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ BLUE, PALE, BEST, PAPER = "#1f6fb2", "#e3effa", "#d9730d", "#8a94a0"
 STEPS = ("#0b3c6f", "#2f7fc1", "#39a3a0", "#8cb369", "#c9a227", "#b5651d", "#7d5ba6", "#c2517c")
 SHADES = LinearSegmentedColormap.from_list("shades", ("#a9c95a", "#39a3a0", BLUE, "#0b2545"))
 DASHED = (0, (4, 3))
+ALONE: dict[str, Any] = {"color": GREY, "ls": (0, (4, 2))}  # a network alone, as a curve
 LINES = ("-", (0, (1, 1)), (0, (5, 1, 1, 1)))  # of methods beyond the colours
 STYLE = Path(__file__).with_name("figures.mplstyle")
 
@@ -194,9 +196,8 @@ def assistants(columns: int, study: Study, published: Published) -> Figure:
         right.sharey(left)
     lines = [((study.student,), "alone (NOKD)", GREY), ((study.teacher, study.student), "directly (BLKD)", BLUE)]
     handles = [Line2D([], [], marker="o", ls="", color=BLUE, label="a path (mean ± standard deviation over seeds)")]
-    handles.append(
-        Line2D([], [], marker="o", ls="", color=BEST, label=f"best: {study.short(best)}" if best else "best")
-    )
+    label = f"best: {study.short(best)}" if best else "best"
+    handles.append(Line2D([], [], marker="o", ls="", color=BEST, label=label))
     for path, name, color in lines:
         if (value := study.mean(path)) is not None:
             handles.append(Line2D([], [], color=color, lw=1.1, ls=DASHED, label=name))
@@ -228,24 +229,20 @@ def curves(columns: int, study: Study) -> Figure:
     trained = {path[-1] for path, group in study.cells.items() if any(run.records for run in group.runs)}
     shown = [network for network in study.sizes if network in trained]
     figure, grid = _grid(len(shown), columns, (3.9, 3.1))
-    color = {network: STEPS[i % len(STEPS)] for i, network in enumerate(study.sizes)}
+    color = dict(zip(study.sizes, itertools.cycle(STEPS), strict=False))
     best, alone = study.best(), False
     teachers: set[str] = set()
     for axes, network in zip(grid, shown, strict=True):
         for path in [path for path in study.cells if path[-1] == network]:
-            if len(path) == 1:
-                look: dict[str, Any] = {"color": GREY, "ls": (0, (4, 2)), "lw": 1.4}
-            else:
-                look = {"color": color[path[-2]], "lw": 1.4}
+            look: dict[str, Any] = {"lw": 1.4} | ({"color": color[path[-2]]} if path[1:] else ALONE)
             if path == best:
                 look |= {"color": BEST, "lw": 2.4, "zorder": 4}
             if _curve(axes, study.cell(path), look):
                 alone, teachers = alone or len(path) == 1, teachers | set(path[-2:-1])
         _by_epoch(axes, network)
-    handles = [Line2D([], [], color=GREY, ls=(0, (4, 2)), label="alone")] if alone else []
-    for network in study.sizes:
-        if network in teachers:
-            handles.append(Line2D([], [], color=color[network], label=f"taught by {network}"))
+    handles = [Line2D([], [], **ALONE, label="alone")] if alone else []
+    taught = [network for network in study.sizes if network in teachers]
+    handles += [Line2D([], [], color=color[network], label=f"taught by {network}") for network in taught]
     handles += [Line2D([], [], color=BEST, lw=2.4, label=f"best path: {study.short(best)}")] if best else []
     _legend(figure, handles)
     return figure
@@ -313,15 +310,10 @@ def search(found: Search) -> Figure:
 
 
 # ------------------------------------------------------------------------------------------------- classes
-# From ten classes to a thousand: cells shrink until text would be too small, then the figure stops growing and some
-# labels are left out.
+# From ten classes to a thousand: cells (heights in inches) shrink until text would be too small, then the figure stops
+# growing and some labels are left out.
 BLUES = LinearSegmentedColormap.from_list("blues", ("white", PALE, BLUE, STEPS[0]))
 POINTS = 72  # an inch
-
-
-def _cell(count: int, largest: float, longest: float) -> float:
-    """Height in inches of each of `count` rows, at most `largest` and all together at most `longest`."""
-    return min(largest, longest / count)
 
 
 def _label(axis: Any, places: Sequence[int], labels: Sequence[str], cell: float) -> None:
@@ -342,7 +334,7 @@ def class_accuracy(
     order = list(range(len(classes)))
     if len(order) > 20:
         order.sort(key=lambda i: -(percents[i] or 0))
-    cell, places = _cell(len(order), 0.34, 18), list(range(len(order)))
+    cell, places = min(0.34, 18 / len(order)), list(range(len(order)))
     figure = Figure(figsize=(8, cell * len(order) + 1.5))
     axes = figure.subplots()
     widths, title = [percents[i] or 0 for i in order], f"this network, {overall:.2f} % overall"
@@ -369,7 +361,7 @@ def class_accuracy(
 @styled
 def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure:
     """counts (C, C): images of each class (rows) by prediction (columns), coloured by their share of the class."""
-    cell = _cell(len(classes), 0.5, 14)
+    cell = min(0.5, 14 / len(classes))
     side = cell * len(classes)
     figure = Figure(figsize=(side + 2.6, side + 1.8))
     axes = figure.subplots()
@@ -395,7 +387,7 @@ def confusion(classes: Sequence[str], counts: Sequence[Sequence[int]]) -> Figure
 @styled
 def classification(rows: Sequence[Sequence[Any]]) -> Figure:
     """rows: (name, precision, recall, F1, images), each score in 0..1 or None; classes first, averages last."""
-    cell, places = _cell(len(rows), 0.34, 18), list(range(len(rows)))
+    cell, places = min(0.34, 18 / len(rows)), list(range(len(rows)))
     figure = Figure(figsize=(6.4, cell * len(rows) + 1.3))
     axes = figure.subplots()
     scores = [[math.nan if value is None else value for value in row[1:4]] for row in rows]

@@ -10,20 +10,9 @@ from takd.config.run_config import RunConfig
 from takd.study.collect import Group
 from takd.study.plan import arrows
 
-# Settings that reports show in columns of their own, or that follow from them.
-APART = (
-    "student",
-    "teacher",
-    "dataset",
-    "images",
-    "recipe",
-    "epochs",
-    "method",
-    "method_options",
-    "temperature",
-    "lambda",
-)
 SYMBOLS = {"temperature": "T", "lambda": "λ"}
+# Settings that reports show in columns of their own, or that follow from them.
+APART = ("student", "teacher", "dataset", "images", "recipe", "epochs", "method", "method_options", *SYMBOLS)
 
 
 def percent(mean: float | None, deviation: float | None = None) -> str:
@@ -32,8 +21,12 @@ def percent(mean: float | None, deviation: float | None = None) -> str:
     return f"{mean:.2f}" + (f" ± {deviation:.2f}" if deviation is not None else "")
 
 
-def points(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
+def outcome(group: Group, which: str) -> str:
+    return percent(group.mean(which), group.deviation(which))
+
+
+def points(value: float, deviation: float | None = None) -> str:
+    return f"{value:+.2f}".replace("-", "−") + (f" ± {deviation:.2f}" if deviation is not None else "")
 
 
 def p_value(p: float | None) -> str:
@@ -91,11 +84,15 @@ def setting_text(key: str, value: Any) -> str:
             return f"{value:,} training images"
         case "image_size", int():
             return f"{value} pixels"
-        case "milestones", list():
-            return f"milestones {' '.join(map(str, value)) or 'none'}"
         case _, bool():
             return "no " * (not value) + key.replace("_", " ")
-    return f"{key.replace('_', ' ')} {'none' if value is None else f'{value:g}' if isinstance(value, float) else value}"
+    return f"{key.replace('_', ' ')} {value_text(value)}"
+
+
+def value_text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(value_text, value)) or "none"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def recipe_of(group: Group) -> str:
@@ -132,5 +129,5 @@ def _differing(group: Group, alike: Sequence[Group]) -> list[str]:
     return [setting_text(key, group.settings.get(key)) for key in differ]
 
 
-def learned_from(group: Group) -> str:
-    return arrows(group.path[:-1]) or "labels"
+def learned_from(path: Sequence[str]) -> str:
+    return arrows(path[:-1]) or "labels"

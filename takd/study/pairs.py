@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 
 from takd.study import collect
 from takd.study.collect import Collection, Group, Study
-from takd.study.formatting import folder_of, method_of, seeds_of
+from takd.study.formatting import SYMBOLS, folder_of, method_of, seeds_of
 from takd.study.plan import NetworkPath, arrows
 
 # What may differ within a table: its rows and columns.
-ROWS_AND_COLUMNS = (
-    *("student", "teacher", "dataset", "images", "method", "method_options", "method_file", "temperature", "lambda"),
-)
+ROWS_AND_COLUMNS = ("student", "teacher", "dataset", "images", "method", "method_options", "method_file", *SYMBOLS)
 
 
 @dataclass
@@ -37,13 +35,9 @@ class Pair:
 
     @property
     def teacher_sentence(self) -> str:
-        percents = [
-            run.summary["teacher_test_accuracy_percent"]
-            for group in self.rows.values()
-            for run in group.runs
-            if run.summary and run.summary.get("teacher_test_accuracy_percent") is not None
-        ]
-        if not percents:
+        summaries = [run.summary or {} for group in self.rows.values() for run in group.runs]
+        known = [summary.get("teacher_test_accuracy_percent") for summary in summaries]
+        if not (percents := [percent for percent in known if percent is not None]):
             return ""
         low, high = min(percents), max(percents)
         has = f"{low:.2f} %" if high - low < 0.005 else f"{low:.2f} to {high:.2f} %"
@@ -87,6 +81,10 @@ def tables(found: Collection, studies: Iterable[Study]) -> list[Table]:
     for group in collect.group(run for run in found.runs.values() if not run.search and not run.study):
         setup = {key: value for key, value in group.settings.items() if key not in ROWS_AND_COLUMNS}
         setups.setdefault(json.dumps(setup, sort_keys=True), []).append(group)
+
+    def needed(pair: Pair) -> int:
+        return 2 if (pair.dataset, pair.path) in shown or "base" not in pair.cells else 1
+
     result = []
     for groups in setups.values():
         pairs: dict[tuple[str, NetworkPath], Pair] = {}
@@ -94,25 +92,15 @@ def tables(found: Collection, studies: Iterable[Study]) -> list[Table]:
         several = {method for method, _ in variants if sum(method == other for other, _ in variants) > 1}
         for group in (group for group in groups if len(group.path) > 1):
             key = collect.data_name(group.runs[0]), group.path
-            pair, name = (
-                pairs.setdefault(key, Pair(*key)),
-                method_of(group) if group.method in several else group.method,
-            )
-            again = f"{name} ({folder_of(group)})"
-            pair.rows[again if name in pair.rows else name or ""] = group
+            rows = pairs.setdefault(key, Pair(*key)).rows
+            name = method_of(group) if group.method in several else group.method or ""
+            rows[f"{name} ({folder_of(group)})" if name in rows else name] = group
         for pair in pairs.values():
-            alone = [
-                group
-                for group in groups
-                if group.path == pair.path[-1:] and collect.data_name(group.runs[0]) == pair.dataset
-            ]
+            alone = [group for group in groups if group.path == pair.path[-1:]]
+            alone = [group for group in alone if collect.data_name(group.runs[0]) == pair.dataset]
             if alone and "base" not in pair.rows:
                 pair.rows["base"] = max(alone, key=lambda group: len(group.finished))
-        several_rows = [
-            pair
-            for pair in pairs.values()
-            if len(pair.cells.keys() - {"base"}) > ((pair.dataset, pair.path) in shown or "base" not in pair.cells)
-        ]
-        if several_rows:
-            result.append(Table(several_rows))
+
+        if wide := [pair for pair in pairs.values() if len(pair.cells.keys() - {"base"}) >= needed(pair)]:
+            result.append(Table(wide))
     return result

@@ -54,18 +54,14 @@ def check_sizes(sizes: Sequence[str]) -> str | None:
         given = " ".join(sizes) or "none"
         raise UserError(f"a study needs two or more sizes, the teacher first and the student last; given: {given}")
     if repeated := [name for name in dict.fromkeys(sizes) if sizes.count(name) > 1]:
-        raise UserError(
-            f"{', '.join(repeated)} is among the sizes more than once; name each size once, the teacher first"
-        )
+        again = f"{', '.join(repeated)} is among the sizes more than once"
+        raise UserError(f"{again}; name each size once, the teacher first")
     families = list(dict.fromkeys(map(names.family, sizes)))
-    for family in families:
-        members = [
-            name for name in sizes if names.family(name) == family and family != "other"
-        ]  # the numbers in their names are not sizes
+    for family in (family for family in families if family != "other"):  # in whose names numbers are not sizes
+        members = [name for name in sizes if names.family(name) == family]
         if members != (descending := sorted(members, key=size, reverse=True)):
-            raise UserError(
-                f"sizes go from the teacher down to the student: {' '.join(descending)}, not {' '.join(members)}"
-            )
+            order = f"{' '.join(descending)}, not {' '.join(members)}"
+            raise UserError(f"sizes go from the teacher down to the student: {order}")
     if len(families) > 1:
         return f"note: sizes of {len(families)} families ({', '.join(families)}), taken in the order given"
     return None
@@ -94,9 +90,8 @@ def _named(word: str, sizes: Sequence[str]) -> str:
         network = names.network(word)
         if not sizes or network in sizes:
             return network
-    raise UserError(
-        f"size {word.strip()} is not among the sizes: {' '.join(sizes) or 'none are given; write whole names'}"
-    )
+    known = " ".join(sizes) or "none are given; write whole names"
+    raise UserError(f"size {word.strip()} is not among the sizes: {known}")
 
 
 def split_path(text: str, sizes: Sequence[str]) -> NetworkPath:
@@ -178,9 +173,8 @@ def settings_of(path: NetworkPath, common: dict[str, Any], steps: Iterable[Step]
     for step in sorted(steps, key=lambda step: len(step.ending)):
         if step.applies_to(path):
             given |= step.given
-    return (
-        given if len(path) > 1 else {key: value for key, value in given.items() if key not in run_config.NEED_TEACHER}
-    )
+    unused = () if len(path) > 1 else run_config.NEED_TEACHER
+    return {key: value for key, value in given.items() if key not in unused}
 
 
 # ------------------------------------------------------------------------------------------------- the trainings
@@ -218,9 +212,7 @@ class Training:
         """The best network's file: as in the run's summary, or before there is one, as train.py will name it."""
         summary = self.run.summary()
         expected = f"{names.file_name(self.path[-1])}_seed{self.seed}_best.pth.tar"
-        return self.run.path / (
-            Path(summary["checkpoint"]).name if summary else expected
-        )  # the folder may have been moved
+        return self.run.path / (Path(summary["checkpoint"]).name if summary else expected)  # the folder may have moved
 
     @property
     def arguments(self) -> list[str]:

@@ -66,9 +66,8 @@ def what_differs(group: Group, entry: Mapping[str, Any]) -> str:
         found.append(f"epochs {entry.get('epochs', 'unknown')}, ours {config['epochs']}")
     ours = ", ".join([config["recipe"], *changed_settings(config, group.settings)])
     if ours != entry.get("recipe"):
-        found.append(
-            f"recipe {entry['recipe']}, ours {ours}" if "recipe" in entry else f"their own recipe, ours {ours}"
-        )
+        theirs = f"recipe {entry['recipe']}" if "recipe" in entry else "their own recipe"
+        found.append(f"{theirs}, ours {ours}")
     options = {key: value for key, value in entry.get("options", {}).items() if group.options.get(key, value) != value}
     if options:
         found.append(f"{options_text(options)}, ours {options_text({key: group.options[key] for key in options})}")

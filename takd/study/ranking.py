@@ -7,9 +7,7 @@ from pathlib import Path
 from takd.config import run_config
 from takd.study import collect
 from takd.study.collect import Collection, Group, Run
-from takd.study.formatting import percent, seeds_of
-
-SYMBOLS = {"temperature": "T", "lambda": "λ"}
+from takd.study.formatting import SYMBOLS, outcome, seeds_of
 
 
 @dataclass
@@ -43,7 +41,7 @@ class Search:
         for group in self.groups:
             values = [group.options.get(key) for key in self.searched]
             cells = [f"{value:g}" if isinstance(value, int | float) else f"{value or ''}" for value in values]
-            outcomes = [percent(group.mean(which), group.deviation(which)) for which in ("selection", "best")]
+            outcomes = [outcome(group, which) for which in ("selection", "best")]
             rows.append([*cells, seeds_of(group), *outcomes[-len(judged) - 1 :]])
         return header, rows
 
@@ -60,7 +58,5 @@ def searches(found: Collection) -> list[Search]:
     for run in found.runs.values():
         if run.search:
             parts.setdefault((run.search, run.config["dataset"], run.path), []).append(run)
-    by_mean = {
-        key: sorted(collect.group(runs), key=lambda g: -(g.mean("selection") or -1)) for key, runs in parts.items()
-    }
-    return [Search(folder, groups) for (folder, *_), groups in by_mean.items()]
+    by_mean = [sorted(collect.group(runs), key=lambda g: -(g.mean("selection") or -1)) for runs in parts.values()]
+    return [Search(folder, groups) for (folder, *_), groups in zip(parts, by_mean, strict=True)]

@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -33,17 +33,13 @@ class Runner:
         self.running: dict[Training, tuple[subprocess.Popen, int]] = {}  # process and slot
         self.failed: dict[Training, str] = {}  # with the reason
         self.slots, self.gpus, self.command_of = list(range(jobs)), gpus, command_of
-        self.environment = dict(os.environ)
-        if jobs > 1:  # otherwise each would take all cores
-            self.environment["OMP_NUM_THREADS"] = threads_each(jobs)
+        self.environment = environment_of(jobs)
         self.stopping: int | None = None
 
     def run(self) -> int | None:
         """Returns the number of the signal that ended it, or None."""
-        handled = [
-            number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-        ]  # nohup
-        before = {number: signal.signal(number, self.stop) for number in handled}
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        before = {n: signal.signal(n, self.stop) for n in SIGNALS if not (nohup and n == signal.SIGHUP)}
         progress = Progress(self)
         try:
             while self.running or (self.waiting and not self.stopping):
@@ -81,17 +77,13 @@ class Runner:
                 self._start(training, self.slots.pop(0))
 
     def _start(self, training: Training, slot: int) -> None:
-        environment = dict(self.environment)
+        own = {}
         if self.gpus:
             visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
             gpu = self.gpus[slot % len(self.gpus)]
-            environment["CUDA_VISIBLE_DEVICES"] = visible[int(gpu)] if visible and gpu.isdigit() else gpu
-        command = self.command_of(training)
-        with open(training.log, "a", encoding="utf-8", errors="backslashreplace") as log:
-            print(f"$ {shlex.join(command)}", file=log, flush=True)
-            # A session of its own: the terminal's Ctrl-C reaches the study, which passes it on once.
-            options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-            process = subprocess.Popen(command, env=environment, start_new_session=True, **options)
+            own["CUDA_VISIBLE_DEVICES"] = visible[int(gpu)] if visible and gpu.isdigit() else gpu
+        # A session of its own: the terminal's Ctrl-C reaches the study, which passes it on once.
+        process = start(self.command_of(training), training.log, self.environment | own, start_new_session=True)
         self.running[training] = process, slot
         if self.stopping:  # the signal came meanwhile
             process.send_signal(signal.SIGTERM)
@@ -121,6 +113,19 @@ class Runner:
         say(f"{self.finished_count:>3}/{self.total}  {arrows(training.recorded_path)}, seed {training.seed}: {outcome}")
 
 
+def environment_of(jobs: int) -> dict[str, str]:
+    """Variables of each of so many processes at once; by itself each would take all cores."""
+    return dict(os.environ) | ({"OMP_NUM_THREADS": threads_each(jobs)} if jobs > 1 else {})
+
+
+def start(command: list[str], log: Path, environment: Mapping[str, str], **options: Any) -> subprocess.Popen:
+    """A process of train.py; the command and what it prints are added to `log`."""
+    with open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
+        print(f"$ {shlex.join(command)}", file=file, flush=True)
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        return subprocess.Popen(command, env=environment, **streams, **options)
+
+
 def exit_reason(status: int, log: Path) -> str:
     """Why a training failed: its exit status and the last line it wrote."""
     how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
@@ -147,7 +152,7 @@ class Progress:
         self.next = time.monotonic() + 1
         parts, shares = [], 0.0
         for training in list(self.runner.running):
-            done, epochs = (len(training.run.records()), (training.run.config() or {}).get("epochs"))
+            done, epochs = len(training.run.records()), (training.run.config() or {}).get("epochs")
             shares += done / epochs if epochs else 0
             parts.append(f"{arrows(training.recorded_path)} {done}/{epochs or '?'}")
         failed = len(self.runner.failed)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from takd.study.document import Document
+from takd.study.formatting import learned_from
+from takd.study.plan import arrows
 
 Result = dict[str, Any]
 BATCHES = (1, 128)  # batch sizes that latency is measured with
@@ -34,22 +36,15 @@ class Scored(NamedTuple):
     answers: Any
 
 
-def learned_from(result: Result) -> str:
-    return " > ".join(result["path"][:-1]) or "labels"
-
-
 def score_rows(results: Iterable[Result]) -> Iterator[list[str]]:
     """Heading and a row of cells for each result."""
     results = list(results)
     parts = "/".join(dict.fromkeys(result["split"] for result in results))
     yield ["network", "learned from", "data", "parameters", f"{parts} %", "top-5 %", "loss"]
     for result in results:
-        scores = [
-            f"{result['test_accuracy_percent']:.2f}",
-            f"{result['test_top5_percent']:.2f}",
-            f"{result['test_loss']:.4f}",
-        ]
-        yield [result["model"], learned_from(result), result["dataset"], f"{result['parameters']:,}", *scores]
+        scores = [f"{result[key]:.2f}" for key in ("test_accuracy_percent", "test_top5_percent")]
+        parameters, loss = f"{result['parameters']:,}", f"{result['test_loss']:.4f}"
+        yield [result["model"], learned_from(result["path"]), result["dataset"], parameters, *scores, loss]
 
 
 def cost_rows(results: Sequence[Result]) -> Iterator[list[str]]:
@@ -62,7 +57,7 @@ def cost_rows(results: Sequence[Result]) -> Iterator[list[str]]:
         cells = [show(result[key]) for key, (_, show) in COSTS.items()]
         if "saving" in result:
             cells = [f"{cell} ({result['saving'][key]:.1f})" for cell, key in zip(cells, COSTS, strict=True)]
-        yield [result["model"], learned_from(result), *(beside if compared else []), *cells]
+        yield [result["model"], learned_from(result["path"]), *(beside if compared else []), *cells]
 
 
 def text_table(rows: Iterable[Sequence[str]], left: int) -> str:
@@ -70,11 +65,8 @@ def text_table(rows: Iterable[Sequence[str]], left: int) -> str:
     table = list(rows)
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     sides = ["<"] * left + [">"] * (len(widths) - left)
-    lines = [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
-        for row in table
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    forms = [f"{side}{width}" for side, width in zip(sides, widths, strict=True)]
+    return "\n".join("  ".join(map(format, row, forms)).rstrip() for row in table)
 
 
 def measured_sentence(results: Sequence[Result]) -> str:
@@ -138,21 +130,19 @@ def write_report(folder: str | Path, networks: Sequence[Scored]) -> None:
     heading, *rows = cost_rows(results)
     document.table(heading, rows)
     macs = "Multiply-accumulates (MACs) are those of one image's convolutions and matrix products."
-    document.text(
-        measured_sentence(results), macs, *(saving_sentence(result) for result in results if "teacher" in result)
-    )
-    columns = list(dict.fromkeys(key for result in results for key in _flat(result)))
-    document.attach(
-        "comparison.csv", _csv([columns, *([_flat(result).get(key) for key in columns] for result in results)])
-    )
+    savings = [saving_sentence(result) for result in results if "teacher" in result]
+    document.text(measured_sentence(results), macs, *savings)
+    lines = [_flat(result) for result in results]
+    columns = list(dict.fromkeys(key for line in lines for key in line))
+    document.attach("comparison.csv", _csv([columns, *([line.get(key) for key in columns] for line in lines)]))
     document.attach("comparison.json", json.dumps(results, indent=2) + "\n")
     tables = [by_class(scored) for scored in networks]
     for dataset in dict.fromkeys(result["dataset"] for result in results):
         shown = [i for i, result in enumerate(results) if result["dataset"] == dataset]
-        lines = zip(networks[shown[0]].classes, *(tables[i].accuracies for i in shown), strict=True)
+        by_name = zip(networks[shown[0]].classes, *(tables[i].accuracies for i in shown), strict=True)
         document.heading(f"Accuracy by class, {dataset}, %")
-        header = ["class", *(" > ".join(results[i]["path"]) for i in shown)]
-        rows = [[name, *("" if v is None else f"{v:.2f}" for v in values)] for name, *values in lines]
+        header = ["class", *(arrows(results[i]["path"]) for i in shown)]
+        rows = [[name, *("" if v is None else f"{v:.2f}" for v in values)] for name, *values in by_name]
         document.table(header, [*rows, ["Overall", *(f"{results[i]['test_accuracy_percent']:.2f}" for i in shown)]])
     for scored, stem, table in zip(networks, stems, tables, strict=True):
         teacher = scored.result.get("teacher")
@@ -168,7 +158,7 @@ def _network_section(
     from takd.study import figures
 
     result, classes, right = scored.result, scored.classes, table.accuracies
-    document.heading(f"{' > '.join(result['path'])}: {result['test_accuracy_percent']:.2f} % on {result['dataset']}")
+    document.heading(f"{arrows(result['path'])}: {result['test_accuracy_percent']:.2f} % on {result['dataset']}")
     document.text(f"{result['checkpoint']}, {result['images']:,} images ({result['split']}); the files are in {stem}/.")
     drawn = figures.class_accuracy(classes, right, result["test_accuracy_percent"], of_teacher)
     document.figure(f"{stem}/class_accuracy", drawn, "Accuracy by class.")
@@ -180,21 +170,15 @@ def _network_section(
         {"class": name, "images": sum(row), "right": row[i], "accuracy_percent": right[i]}
         for i, (name, row) in enumerate(zip(classes, table.counts, strict=True))
     ]
-    teacher = scored.result.get("teacher")
-    hits = sum(line["right"] for line in each)
-    percent = result["test_accuracy_percent"]
+    hits, percent = sum(line["right"] for line in each), result["test_accuracy_percent"]
     each.append({"class": "Overall", "images": result["images"], "right": hits, "accuracy_percent": percent})
-    for line, value in zip(
-        each, [*of_teacher, teacher["test_accuracy_percent"]] if of_teacher and teacher else (), strict=False
-    ):
-        line["teacher_accuracy_percent"] = value
+    if of_teacher:
+        for line, value in zip(each, [*of_teacher, result["teacher"]["test_accuracy_percent"]], strict=True):
+            line["teacher_accuracy_percent"] = value
     for name, lines in {"class_accuracy": each, "classification_report": table.rows}.items():
         document.attach(f"{stem}/{name}.csv", _csv([list(lines[0]), *(line.values() for line in lines)]))
-    matrix: list[list[Any]] = [
-        ["class", *classes],
-        *([name, *row] for name, row in zip(classes, table.counts, strict=True)),
-    ]
-    document.attach(f"{stem}/confusion_matrix.csv", _csv(matrix))
+    matrix = [[name, *row] for name, row in zip(classes, table.counts, strict=True)]
+    document.attach(f"{stem}/confusion_matrix.csv", _csv([["class", *classes], *matrix]))
     by_name = {"class_accuracy": each, "confusion_matrix": table.counts, "classification_report": table.rows}
     whole = result | {"classes": list(classes)} | by_name
     document.attach(f"{stem}/report.json", json.dumps(whole, indent=2) + "\n")
@@ -215,10 +199,8 @@ def folder_names(paths: Iterable[str]) -> list[str]:
 def _confusions(classes: Sequence[str], counts: Sequence[Sequence[int]], most: int = 10) -> list[list[str]]:
     """The commonest mistakes as rows of cells."""
     wrong = [(count, y, x) for y, row in enumerate(counts) for x, count in enumerate(row) if x != y and count]
-    wrong.sort(key=lambda each: (-each[0], each[1:]))
-    return [
-        [classes[y], classes[x], f"{count:,}", f"{100 * count / sum(counts[y]):.1f}"] for count, y, x in wrong[:most]
-    ]
+    wrong = sorted(wrong, key=lambda each: (-each[0], each[1:]))[:most]
+    return [[classes[y], classes[x], f"{count:,}", f"{100 * count / sum(counts[y]):.1f}"] for count, y, x in wrong]
 
 
 def _csv(rows: Iterable[Iterable[Any]]) -> str:
@@ -238,5 +220,5 @@ def _flat(result: Result) -> dict[str, Any]:
         elif key == "saving":
             row |= {f"saving_{name}": ratio for name, ratio in value.items()}
         else:
-            row[key] = " > ".join(value) if key == "path" else value
+            row[key] = arrows(value) if key == "path" else value
     return row

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import random
-import shlex
 import subprocess
 import time
 import warnings
@@ -25,8 +24,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from takd import files
 from takd.errors import UserError
-from takd.process import STOP_SIGNALS, StopSignals, threads_each
-from takd.study.runner import exit_reason
+from takd.process import STOP_SIGNALS, StopSignals
+from takd.study.runner import environment_of, exit_reason, start
 from takd.study.space import Parameter, combinations
 from takd.study.sweep import Setting, Sweep
 
@@ -40,6 +39,7 @@ class Draws:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         self.space, journal = sweep.space, str(sweep.journal)
+        self.distributions = {key: _distribution(parameter) for key, parameter in sweep.space.items()}
         if sweep.journal.exists() and not (content := sweep.journal.read_bytes()).endswith(b"\n"):
             os.truncate(journal, content.rfind(b"\n") + 1)  # a writer was killed, or the disk was full
         # No seed: workers with the same one would draw the same settings.
@@ -71,14 +71,14 @@ class Draws:
         if len(before) == combinations(self.space.values()):
             return False
         for _ in range(REDRAWS):
-            trial = self.study.ask({key: _distribution(parameter) for key, parameter in self.space.items()})
+            trial = self.study.ask(self.distributions)
             if len(self.settings()) > len(before):
                 return True
             self.study.tell(trial, state=TrialState.FAIL)
         while (setting := {key: random.choice(each.values or []) for key, each in self.space.items()}) in before:
             pass  # TPE repeats itself like this only in a small space
         self.study.enqueue_trial(setting)
-        self.study.ask({key: _distribution(parameter) for key, parameter in self.space.items()})
+        self.study.ask(self.distributions)
         return True
 
 
@@ -115,9 +115,7 @@ class Worker:
 
     def __init__(self, sweep: Sweep, train: list[str], jobs: int, say: Callable[[str], None]) -> None:
         self.sweep, self.train, self.jobs, self.say = sweep, train, jobs, say
-        self.environment = dict(os.environ)
-        if jobs > 1:  # otherwise each would take all cores
-            self.environment["OMP_NUM_THREADS"] = threads_each(jobs)
+        self.environment = environment_of(jobs)
         self.stopped: int | None = None
         self.refused = ""  # train.py's reason for refusing a trial, a user error: it would refuse the others too
 
@@ -212,12 +210,7 @@ class Worker:
 
     def _start(self, name: str, arguments: list[str], claim: int) -> subprocess.Popen:
         """Start train.py, which holds the claim too: if only the worker is killed, nobody else begins the same run."""
-        command = [*self.train, *arguments]
-        with open(self._log(name), "a", encoding="utf-8", errors="backslashreplace") as log:
-            log.write(f"$ {shlex.join(command)}\n")
-            log.flush()
-            options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-            return subprocess.Popen(command, env=self.environment, pass_fds=(claim,), **options)
+        return start([*self.train, *arguments], self._log(name), self.environment, pass_fds=(claim,))
 
     def _ended(self, processes: list[subprocess.Popen]) -> subprocess.Popen:
         """The first of them to end. A signal is forwarded to all: they save and end."""

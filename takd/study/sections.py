@@ -1,6 +1,7 @@
 """The sections of a report over runs, as blocks of a Document: the answer first, then tables and figures."""
 
 import statistics as means
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from takd.config import names
@@ -13,6 +14,7 @@ from takd.study.formatting import (
     learned_from,
     listed,
     method_of,
+    outcome,
     percent,
     points,
     recipe_of,
@@ -101,9 +103,7 @@ def path_table(
     rows = []
     for path in paths:
         group = found.cells.get(path)
-        outcomes = ["", ""]
-        if group:
-            outcomes = [percent(group.mean(which), group.deviation(which)) for which in collect.OUTCOMES]
+        outcomes = [outcome(group, which) for which in collect.OUTCOMES] if group else ["", ""]
         row = [path[-1]] if network else []
         row += [found.short(path) if len(path) > 1 else f"{path[0]} alone"]
         row[-1] += _role(found, path) + _state(found, path)
@@ -146,13 +146,13 @@ def lead(found: Study, best: NetworkPath | None) -> Iterator[str]:
     if best is None or group is None:
         yield f"No path to {found.student} is finished yet."
     else:
-        yield f"The best path is {arrows(best)}: {percent(group.mean('best'), group.deviation('best'))} % at its best"
-        error = statistics.standard_error(group.mean("best") or 0, group.test_images) if group.test_images else None
-        alone_seed = (
-            f"; {group.test_images:,} test images give it a standard error of {error:.2f} points" if error else ""
-        )
-        several = len(group.finished) > 1
-        yield f"epoch ({'mean of ' * several}{seeds_text(group.finished)}{'' if several else alone_seed})."
+        yield f"The best path is {arrows(best)}: {outcome(group, 'best')} % at its best"
+        seeds, images = seeds_text(group.finished), group.test_images
+        if len(group.finished) > 1:
+            seeds = f"mean of {seeds}"
+        elif images and (error := statistics.standard_error(group.mean("best") or 0, images)):
+            seeds += f"; {images:,} test images give it a standard error of {error:.2f} points"
+        yield f"epoch ({seeds})."
         trained, shared = found.cells.get((found.student,)), alone_seeds(found)
         equal = shared == found.seeds
         direct, alone = found.mean((found.teacher, found.student)), found.mean((found.student,))
@@ -160,15 +160,14 @@ def lead(found: Study, best: NetworkPath | None) -> Iterator[str]:
         if known := ", ".join(f"{how} {value:.2f} %" for how, value in others.items() if value is not None):
             yield f"For comparison, {found.student} {known}."
         if trained and shared:
-            gains = [
-                (found.cells[path].over(shared).mean("best") or 0) - (trained.over(shared).mean("best") or 0)
-                for path in sorted(found.ends, key=lambda path: path != best)
-                if path in found.cells and found.cells[path].finished
-            ]
+            level = trained.over(shared).mean("best") or 0
+            ends = [found.cells[path] for path in found.ends if path in found.cells and found.cells[path].finished]
+            gains = {end.path: (end.over(shared).mean("best") or 0) - level for end in ends}
             if not equal:
-                yield f"Over {seeds_text(shared)}, which {found.student} alone has too, it is {points(gains[0])} points"
-                yield f"against training alone ({percent(trained.over(shared).mean('best'))} %)."
-            if max(gains) <= 0:
+                gain = points(gains[found.cells[best].path])
+                yield f"Over {seeds_text(shared)}, which {found.student} alone has too, it is {gain} points"
+                yield f"against training alone ({percent(level)} %)."
+            if max(gains.values()) <= 0:
                 yield "No path is better than training alone."
         yield seeds_sentence([found.cells[path] for path in found.ends if path in found.cells])
     if done < total:
@@ -231,7 +230,7 @@ def method_rows(table: Table, which: str) -> tuple[list[str], list[list[str]]]:
         values = [group.mean(which) or 0 if group else None for group in groups]
         row = [name]
         for pair, group, value, base in zip(table.pairs, groups, values, bases, strict=True):
-            shown = percent(value, group.deviation(which)) if group else ""
+            shown = outcome(group, which) if group else ""
             row += [shown + _gain(value, base, name), seeds_of(pair.rows[name]) if group and unequal else ""]
         average, of_base = (_average(column) if len(column) > 1 else None for column in (values, bases))
         rows.append([*row, percent(average) + _gain(average, of_base, name)])
@@ -256,14 +255,11 @@ def search_section(document: Document, found: Search, only: bool) -> None:
     document.heading(title if only else f"{title} ({found.folder})", 1 if only else 2)
     header, rows = found.table()
     if best := found.best:
-        values = ", ".join(
-            f"{name} {value}" for name, value in zip(header, rows[0][: len(found.searched)], strict=False)
-        )
-        judged = percent(best.mean("selection"), best.deviation("selection"))
+        searched = zip(header[: len(found.searched)], rows[0], strict=False)
+        values = ", ".join(f"{name} {value}" for name, value in searched)
+        judged = f"{outcome(best, 'selection')} % on the {found.selection} images"
         many = f"mean of {len(best.finished)} seeds" if len(best.finished) > 1 else "one seed"
-        document.text(
-            f"The best setting is {values or 'the only one'}: {judged} % on the {found.selection} images ({many})."
-        )
+        document.text(f"The best setting is {values or 'the only one'}: {judged} ({many}).")
         if found.selection == "test":
             document.text(
                 "Settings and epochs were chosen on the test images, so the best one's accuracy is too high;",
@@ -284,12 +280,12 @@ def leaderboard(document: Document, groups: Sequence[Group]) -> None:
     document.heading("Leaderboard")
     for name in dict.fromkeys(collect.data_name(group.runs[0]) for group in groups):
         members = ranked([group for group in groups if collect.data_name(group.runs[0]) == name])
-        rows, ranks = [], dict.fromkeys((group.path[-1] for group in members), 0)
+        rows, ranks = [], Counter[str]()
         for group, recipe in zip(members, recipes_of(members), strict=True):
             network = group.path[-1]
             ranks[network] += 1
-            outcomes = [percent(group.mean(which), group.deviation(which)) for which in collect.OUTCOMES]
-            learned = [learned_from(group), method_of(group), recipe, seeds_of(group)]
+            outcomes = [outcome(group, which) for which in collect.OUTCOMES]
+            learned = [learned_from(group.path), method_of(group), recipe, seeds_of(group)]
             seconds = "" if group.epoch_seconds is None else f"{group.epoch_seconds:.1f}"
             rows.append([network, str(ranks[network]) if group.finished else "", *learned, *outcomes, seconds])
         header = ["network", "rank", "learned from", "method", "recipe, epochs", "seeds", "best, %", "last, %"]
@@ -302,9 +298,9 @@ def leaderboard(document: Document, groups: Sequence[Group]) -> None:
 
 def ranked(groups: Sequence[Group]) -> list[Group]:
     """Networks in the order of their best rows, and each network's rows best first."""
-    top = {group.path[-1]: 0.0 for group in groups}
+    top: dict[str, float] = {}
     for group in groups:
-        top[group.path[-1]] = max(top[group.path[-1]], group.mean("best") or 0)
+        top[group.path[-1]] = max(top.get(group.path[-1], 0), group.mean("best") or 0)
     return sorted(groups, key=lambda group: (-top[group.path[-1]], group.path[-1], -(group.mean("best") or -1)))
 
 
@@ -316,23 +312,13 @@ def compact_table(groups: Sequence[Group]) -> Document:
     for group, recipe in zip(shown, recipes_of(shown), strict=True):
         paper = published.papers_number(group)
         minutes = sum(run.seconds for run in group.finished.values()) / len(group.finished) / 60
-        outcomes = [percent(group.mean(which), group.deviation(which)) for which in collect.OUTCOMES]
+        outcomes = [outcome(group, which) for which in collect.OUTCOMES]
         path = arrows(group.path) + (" alone" if len(group.path) == 1 else "")
         data = collect.data_name(group.runs[0]) if several else ""
         beside = [published.paper_number(paper, group.mean("best")), f"{minutes:.{minutes < 10:d}f}"]
         rows.append([path, data, method_of(group), recipe, seeds_of(group), *outcomes, *beside])
-    header = [
-        "network",
-        "data",
-        "method",
-        "recipe, epochs",
-        "seeds",
-        "best epoch, %",
-        "last epoch, %",
-        "paper",
-        "minutes",
-    ]
-    document.table(header, rows)
+    header = ["network", "data", "method", "recipe, epochs", "seeds", "best epoch, %", "last epoch, %"]
+    document.table([*header, "paper", "minutes"], rows)
     return document
 
 
@@ -349,18 +335,16 @@ def cost_section(document: Document, runs: Sequence[Run], price: float | None) -
     places: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         environment = run.config["environment"]
-        commit = str(environment.get("commit") or "")
+        *place, commit = (str(environment.get(key) or "") for key in shown)
         short = commit[:10] + " (changed)" * commit.endswith("(changed)")
-        place = tuple(str(environment.get(key) or "") for key in shown[:-1])
         places.setdefault((*place, short), []).append(run)
-    rows = [
-        [*place, str(len(members)), duration(sum(run.seconds for run in members))] for place, members in places.items()
-    ]
-    if len(rows) == 1:
-        document.text(
-            "All on", ", ".join(f"{name} {value}" for name, value in zip(shown, rows[0], strict=False) if value) + "."
-        )
+    if len(places) == 1:
+        [single] = places
+        known = [f"{name} {value}" for name, value in zip(shown, single, strict=True) if value]
+        document.text(f"All on {', '.join(known)}.")
     else:
+        times = {place: duration(sum(run.seconds for run in members)) for place, members in places.items()}
+        rows = [[*place, str(len(members)), times[place]] for place, members in places.items()]
         document.table([*shown, "runs", "time"], rows)
     by_network: dict[tuple[str, str], list[Run]] = {}
     for run in runs:

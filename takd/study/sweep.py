@@ -37,6 +37,7 @@ class Sweep:
         self.folder, self.space, self.seeds = folder, space, seeds
         self.study_file, self.journal, self.claims = folder / STUDY_FILE, folder / "journal.log", folder / "claims"
         self._common, self._parser = common, flags.train_parser()
+        self._given_teacher = common.get("teacher_checkpoint")
         self.base = run_config.parse(flags.words(common | {"run_dir": folder}), elsewhere=True)
         self.teacher = RunDirectory(folder / "teacher") if self.base.teacher and not self._given_teacher else None
         ends = {key: parameter.values or [parameter.low, parameter.high] for key, parameter in space.items()}
@@ -45,10 +46,6 @@ class Sweep:
             run_config.parse(self.arguments(0, setting, seeds[0]), elsewhere=True)
         for seed in seeds:
             self.arguments(0, first, seed)
-
-    @property
-    def _given_teacher(self) -> str | None:
-        return self._common.get("teacher_checkpoint")
 
     # ------------------------------------------------------------------------------------------ what is to be made
     def record(self, trials: int) -> None:
@@ -61,9 +58,8 @@ class Sweep:
             new: dict[str, Any] = {"sweep": now, "trials": 0, "failed": {}}
             noted = self.read() if self.study_file.exists() else new
             if changes := differences(noted["sweep"], now):
-                raise UserError(
-                    f"{self.folder} holds another sweep ({changes}); give another --runs or delete that folder"
-                )
+                fix = "give another --runs or delete that folder"
+                raise UserError(f"{self.folder} holds another sweep ({changes}); {fix}")
             (self.folder / "logs").mkdir(exist_ok=True)
             files.remove_leftovers(self.folder, STUDY_FILE)
             files.save_json(noted | {"trials": max(trials, noted["trials"])}, self.study_file)

@@ -55,7 +55,8 @@ class Chains:
         config |= {key: value for key, value in settings.items() if key.startswith("teacher_")}
         records = line["epochs"] if finished else line["epochs"][:4]
         records[-1]["test_accuracy_percent"] = accuracy
-        self.found.add(Path("/elsewhere") / place / name, None, config, records, line["summary"] if finished else None)
+        folder, summary = Path("/elsewhere") / place / name, line["summary"] if finished else None
+        self.found.runs[folder] = collect.Run(folder, None, config, records, summary)
 
     def add(self, seeds, names=ARMS, noise=0.2, shift=None, **settings):
         """Whole chains. Each has a level of its own, which pairing removes."""
