@@ -382,6 +382,7 @@ def draw(columns: int, pairs: Sequence[Pair]) -> Any:
             label.set(weight="bold", color=figures.INK)
     axes.set(ylim=(len(labels) - 0.4, -0.6), xlabel="difference, points")
     axes.grid(axis="y", visible=False)
-    figure.set_size_inches(6 if columns > 1 else 4.2, 0.23 * len(labels) + 0.8)
+    long_names = 0.06 * max(0, max(map(len, labels)) - 30)
+    figure.set_size_inches((6 if columns > 1 else 4.2) + long_names, 0.23 * len(labels) + 0.8)
     figure.tight_layout(pad=0.5)
     return figure

@@ -210,7 +210,7 @@ def _read_kept(file: Path, found: Collection) -> None:
             if wrong := wrong or (None if planned else misfit_of_records(line["epochs"])):
                 raise ValueError(f"line {number}: {wrong}")
             if planned:
-                found.plan(file / line.get("study", "."), line["planned"])
+                found.plan(file / (line.get("study") or "."), line["planned"])
             else:
                 name = line.get("study", "." if file in found.planned else None)
                 study = None if name is None else file / name
