@@ -412,9 +412,9 @@ def classes_of(state_dict: State, name: str, recorded: int | None = None) -> int
     Torchvision's networks and timm's register the classifier last. In a user's network it may be anywhere: what the
     checkpoint records counts.
     """
-    if recorded and names.is_own(name):
+    if recorded and names.is_file(name):
         return recorded
-    if names.torchvision_name(name) or names.is_own(name):
+    if names.torchvision_name(name) or names.is_file(name):
         classifiers = [key for key, value in state_dict.items() if value.dim() > 1][-1:]
     else:
         weights = [key for key, value in state_dict.items() if value.dim() == 2]
