@@ -249,10 +249,9 @@ def cuda(text: str) -> int:
 
 def _driver() -> Any:
     """NVIDIA's driver library, initialised (importing torch takes seconds). None without a GPU or a driver."""
-    for library in ("libcuda.so.1", "nvcuda.dll"):
-        with contextlib.suppress(OSError):
-            driver = ctypes.CDLL(library)
-            return driver if driver.cuInit(0) == 0 else None
+    with contextlib.suppress(OSError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        return driver if driver.cuInit(0) == 0 else None
     return None
 
 
