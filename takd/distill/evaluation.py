@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from takd.config.flags import gpu_name
 from takd.errors import UserError
-from takd.images.split import Split, Transform, evaluation_batches
+from takd.images.split import Split, Transform
+from takd.process import safe_point
 
 
 @contextlib.contextmanager
@@ -87,11 +88,10 @@ def predict(
     network: nn.Module,
     split: Split,
     transform: Transform | None = None,
-    precision: str = "fp32",
     batch_size: int = 500,
     advance: Callable[[int], object] = lambda images: None,
 ) -> torch.Tensor:
-    """float32 (N, C): the logits of a whole split in its order, the network in evaluation mode.
+    """float32 (N, C): the logits of a whole split in its order, the network in evaluation mode and in float32.
 
     `transform` is the network's own where it differs from the split's. `advance` is told the images of each batch.
     """
@@ -100,9 +100,10 @@ def predict(
     # Larger images in smaller batches: a batch's activations grow with its pixels.
     batch_size = max(1, batch_size * 64**2 // max(64, transform.image_size) ** 2)
     logits = []
-    for images, _ in evaluation_batches(split, batch_size):
-        with autocast(images.device, precision):
-            logits.append(network(transform(images)).float())
+    for images in split.images.split(batch_size):
+        safe_point()
+        with autocast(split.device, "fp32"):
+            logits.append(network(transform(images.to(split.device))).float())
         advance(len(images))
     return torch.cat(logits)
 
