@@ -78,8 +78,7 @@ def outline(config: RunConfig, pixels: bool = False, say: Say = lambda line: Non
         splits = splits._replace(test=fewer(splits.test, config.test_images))
     own = {key: value for key, value in names.declared_input(config.student).items() if key != "image_size"}
     transform = splits.train.transform._replace(**{key: tuple(value) for key, value in own.items()})
-    splits = Splits(*(part and dataclasses.replace(part, transform=transform) for part in splits))
-    return splits
+    return Splits(*(part and dataclasses.replace(part, transform=transform) for part in splits))
 
 
 def read(

@@ -167,7 +167,7 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
         trainer.take_step = step_graph(config, step, world.size, console.say) or step
         # Processes of a group stop where they agreed upon it and nowhere else: the others would wait for one that left.
         with signals.deferred() if world.size > 1 else contextlib.nullcontext(), recorded_failure(directory, world):
-            for epoch in trainer.remaining_epochs():
+            for epoch in range(trainer.epoch, config.epochs):  # the first perhaps from its middle on
                 trainer.train(epoch)
                 record = trainer.evaluate(epoch)
                 trainer.save(record)

@@ -119,12 +119,10 @@ class StepGraph:
 
     def _constants(self) -> Any:
         """What a capture holds as constants: the optimizer's settings, and the numbers that the method keeps."""
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in self._groups()]
+        groups: list[dict[str, Any]] = self.step.optimizer.param_groups
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         attributes = [vars(module).items() for module in self.step.method.modules()]
         return settings, [{k: v for k, v in items if isinstance(v, int | float)} for items in attributes]
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return self.step.optimizer.param_groups
 
     def __call__(self, batch: Batch, part: Part) -> tuple[list[str], torch.Tensor]:
         if self.possible:

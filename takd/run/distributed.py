@@ -176,10 +176,7 @@ class DDPStudent:
     """A student under DDP, with the student's own interface."""
 
     def __init__(self, student: nn.Module):
-        self._ddp = _ddp(_ForwardFeatures(student))
-
-    def forward_features(self, images: torch.Tensor) -> Any:
-        return self._ddp(images)
+        self.forward_features = _ddp(_ForwardFeatures(student))
 
 
 class _ForwardFeatures(nn.Module):

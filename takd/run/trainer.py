@@ -83,10 +83,6 @@ class Trainer:
         """The next step, for people, who count epochs from 1."""
         return f"epoch {self.epoch + 1}, step {self.steps_done}"
 
-    def remaining_epochs(self) -> Iterator[int]:
-        """The epochs still to be trained, the first perhaps from its middle on."""
-        yield from range(self.epoch, self.config.epochs)
-
     # ------------------------------------------------------------------------------------------------ an epoch
     def train(self, epoch: int) -> None:
         """The epoch's remaining steps. A signal ends it after a step, with everything saved: Stopped."""
