@@ -199,9 +199,9 @@ def in_order(logits: torch.Tensor, path: str, metadata: dict[str, Any], dataset:
 def costs(network: torch.nn.Module, test: Split, path: str, measure: bool) -> dict[str, Any]:
     """The network's weights and operations and, if `measure`, its latency on this device."""
     known: dict[str, Any] = {
-        "parameters": model_factory.count_parameters(network),
+        "parameters": evaluation.count_parameters(network),
         "multiply_accumulates": evaluation.multiply_accumulates(network, test.image_size),
-        "weights_bytes": sum(value.numel() * value.element_size() for value in network.state_dict().values()),
+        "weights_bytes": evaluation.weights_bytes(network),
         "file_bytes": Path(path).stat().st_size,
     }
     if measure:

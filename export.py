@@ -142,11 +142,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(flags.fail("export.py", error, 2))
     except (Mismatch, OSError, MemoryError) as error:
         sys.exit(flags.fail("export.py", error, 1))
-    weights = sum(value.numel() * value.element_size() for value in network.state_dict().values())
     inside.to(memory_format=torch.channels_last)  # for speed, as in training
     rows = [["", "test %", "MB", *(f"ms, batch of {images}" for images in BATCHES)]]
     for name, each, answers, stored in (
-        ("PyTorch", inside, expected, weights),
+        ("PyTorch", inside, expected, evaluation.weights_bytes(network)),
         ("ONNX", session, logits, len(contents)),
     ):
         accuracy = evaluation.score(answers, test.labels)["accuracy_percent"]

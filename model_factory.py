@@ -210,11 +210,6 @@ def kaiming_xavier(network: nn.Module) -> None:
 INITIALISATIONS = {"kaiming-xavier": kaiming_xavier}  # besides the networks' own
 
 
-def count_parameters(network: nn.Module) -> int:
-    """Trainable values in a network."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
 # ---------------------------------------------------------------------------------- other people's networks
 class _HookedFeatures:
     """Mixed into the class of a network that only has `forward`: forward_features by hooks on its modules."""

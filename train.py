@@ -155,7 +155,8 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
         recorded, summary = world.broadcast(earlier)  # whoever held the lock may have finished it, or was stopped
         if summary:
             return summary
-        for line in setup_lines(config, hardware(config, precision, world.size, cpu), step.student):
+        where, parameters = hardware(config, precision, world.size, cpu), evaluation.count_parameters(step.student)
+        for line in setup_lines(config, where, parameters):
             console.say(line)
         trainer = Trainer(config, splits, step, directory, context)
         trainer.resume(recorded, {"processes": world.size} | ({"kernels": cpu.kernels.version()} if cpu else {}))
@@ -435,7 +436,7 @@ def measure(config: RunConfig) -> None:
             "network": name,
             "train_images_per_second": rate,
             "evaluation_images_per_second": len(split) / (time.perf_counter() - started),
-            "parameters": model_factory.count_parameters(step.student),
+            "parameters": evaluation.count_parameters(step.student),
         }
         print(json.dumps(line), flush=True)
 

@@ -137,6 +137,16 @@ def chance_percent(labels: torch.Tensor) -> float:
 
 
 # ---------------------------------------------------------------------------------------- what a network costs
+def count_parameters(network: nn.Module) -> int:
+    """Numbers in a network's parameters."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def weights_bytes(network: nn.Module) -> int:
+    """Size of what a network's state dict holds."""
+    return sum(value.nbytes for value in network.state_dict().values())
+
+
 def multiply_accumulates(network: nn.Module, image_size: int) -> int:
     """Of one image's convolutions and matrix products, as papers count: no biases, batch norm, ReLU or pooling."""
     from torch.utils.flop_counter import FlopCounterMode

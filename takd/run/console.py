@@ -62,10 +62,9 @@ def defaults_line(config: RunConfig) -> str | None:
     return f"defaults  {what}, as in the released code; recipe {config.recipe}, {counted(config.epochs, 'epoch')}"
 
 
-def setup_lines(config: RunConfig, hardware: str, student: Any) -> Iterator[str]:
+def setup_lines(config: RunConfig, hardware: str, parameters: int) -> Iterator[str]:
     """The first lines of a run: device, student, method and recipe."""
     yield f"device    {hardware}"
-    parameters = sum(parameter.numel() for parameter in student.parameters())
     source = f", from {config.init_from}" if config.init_from else ""
     yield f"student   {config.student}, {parameters:,} parameters{source}"
     if config.teacher:

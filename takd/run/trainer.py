@@ -264,7 +264,7 @@ class Trainer:
             "recipe": config.recipe,
             "seed": config.seed,
             "epochs": config.epochs,
-            "parameters": sum(parameter.numel() for parameter in self.step.student.parameters()),
+            "parameters": evaluation.count_parameters(self.step.student),
             "selection_split": self.splits.selection,
             "test_split": self.splits.test.part,
             "test_images": len(self.splits.test),
