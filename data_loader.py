@@ -15,7 +15,6 @@ if __name__ == "__main__":
     process.start()
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,9 +141,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with flags.errors_in_one_line("data_loader.py"):
         main()
-    except UserError as error:
-        sys.exit(flags.fail("data_loader.py", error, 2))
-    except OSError as error:
-        sys.exit(flags.fail("data_loader.py", error, 1))

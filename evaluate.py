@@ -53,10 +53,8 @@ def build_parser() -> flags.Parser:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, with the device. Exits with a usage error if they are wrong, before anything is read."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    args.dataset_dir = args.dataset_dir or parser.defaults["dataset_dir"]
-    try:
+    args = build_parser().parse_args(argv)
+    with flags.errors_in_one_line("evaluate.py"):
         if not args.checkpoint:
             raise UserError("name the files to score: evaluate.py FILE ...")
         if args.teacher and not args.teacher_checkpoint:
@@ -64,8 +62,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if args.report is not None:
             files.check_folder(args.report, "--report")
         args.device = flags.device_name(args.cuda)
-    except UserError as error:
-        sys.exit(flags.fail("evaluate.py", error, 2))
     return args
 
 
@@ -104,7 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     splits: dict[Any, Split] = {}
     students: list[Evaluation] = []
     teachers: dict[str, Evaluation] = {}  # by data set
-    try:
+    fix = "--cuda 0 evaluates on the CPU"
+    with flags.errors_in_one_line("evaluate.py"), evaluation.out_of_memory(fix):
         evaluation.check_gpu(args.device)
         for path in args.checkpoint:
             student = evaluate(path, args.model, args.dataset, args, splits)
@@ -119,12 +116,6 @@ def main(argv: list[str] | None = None) -> None:
         everything = [*teachers.values(), *students]
         if args.report is not None:
             score_report.write_report(args.report, [scored(each) for each in everything])
-    except UserError as error:
-        sys.exit(flags.fail("evaluate.py", error, 2))
-    except torch.cuda.OutOfMemoryError as error:
-        sys.exit(flags.fail("evaluate.py", evaluation.out_of_memory(error, "--cuda 0 evaluates on the CPU"), 1))
-    except (OSError, MemoryError) as error:
-        sys.exit(flags.fail("evaluate.py", error, 1))
     results = [each.result for each in everything]
     if not args.json:
         print(score_report.text_table(score_report.score_rows(results), left=3))

@@ -47,9 +47,7 @@ def build_parser() -> flags.Parser:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments. Exits with a usage error if they are wrong, before anything is read."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    args.dataset_dir = args.dataset_dir or parser.defaults["dataset_dir"]
+    args = build_parser().parse_args(argv)
     output = Path(args.output)
     try:
         special = output.exists() and not output.is_file()
@@ -114,13 +112,9 @@ class Session(nn.Module):
         return torch.from_numpy(self.session.run(["logits"], {"images": images.contiguous().numpy()})[0])
 
 
-class Mismatch(Exception):
-    """ONNX Runtime's logits are not PyTorch's, or it has none."""
-
-
 def main(argv: list[str] | None = None) -> None:
     args = ARGUMENTS if argv is None else parse(argv)
-    try:
+    with flags.errors_in_one_line("export.py"):
         network, metadata = model_factory.load(args.checkpoint, args.model, args.image_size)
         test = test_images(args, metadata)
         size, inside = test.image_size, Normalised(network, metadata).eval()
@@ -134,14 +128,11 @@ def main(argv: list[str] | None = None) -> None:
                 logits = evaluation.predict(session, test, Transform((0.0,) * 3, (1.0,) * 3, size))
             except Exception as error:  # of one of its many classes
                 reason = str(error).splitlines()[0]
-                raise Mismatch(f"ONNX Runtime cannot run the file: {reason}; nothing is written") from None
+                sys.exit(flags.fail("export.py", f"ONNX Runtime cannot run the file: {reason}; nothing is written", 1))
             worst = difference(logits, expected)
             if not worst <= TOLERANCE:  # nor nan
-                raise Mismatch(f"ONNX Runtime's logits differ from PyTorch's by {worst:.1e}; nothing is written")
-    except UserError as error:
-        sys.exit(flags.fail("export.py", error, 2))
-    except (Mismatch, OSError, MemoryError) as error:
-        sys.exit(flags.fail("export.py", error, 1))
+                why = f"ONNX Runtime's logits differ from PyTorch's by {worst:.1e}; nothing is written"
+                sys.exit(flags.fail("export.py", why, 1))
     inside.to(memory_format=torch.channels_last)  # for speed, as in training
     rows = [["", "test %", "MB", *(f"ms, batch of {images}" for images in BATCHES)]]
     for name, each, answers, stored in (

@@ -56,9 +56,6 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     if len(argv) == 1 and not argv[0].startswith(("-", "@")):
         return argparse.Namespace(runs=Path(argv[0]), common=None)
     args, passed_on = parser.parse_known_args(argv)
-    for key, default in parser.defaults.items():
-        if default is not None and getattr(args, key) is None:
-            setattr(args, key, default)
     trainer = flags.train_parser()
     trainer.others = list(parser.actions)
     args.common, _ = trainer.given(passed_on)
@@ -159,17 +156,13 @@ def submit(args: argparse.Namespace, searched: Sweep) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = read_arguments(sys.argv[1:] if argv is None else argv)
-    try:
+    with flags.errors_in_one_line("sweep.py"):
         if args.common is None:
             show(args.runs)
         elif args.slurm:
             submit(args, sweep_of(args))
         else:
             sys.exit(work(args, sweep_of(args)))
-    except UserError as error:
-        sys.exit(flags.fail("sweep.py", error, 2))
-    except OSError as error:
-        sys.exit(flags.fail("sweep.py", error, 1))
 
 
 if __name__ == "__main__":

@@ -66,24 +66,18 @@ SMALLER = "a smaller --batch-size, --teacher-cache live, or fewer runs at once (
 
 def main(argv: list[str] | None = None) -> None:
     stdout, config = (STDOUT, CONFIG) if argv is None else (sys.stdout, run_config.parse(argv, __doc__))
-    try:
+    with flags.errors_in_one_line("train.py"), evaluation.out_of_memory(SMALLER):
         evaluation.check_gpu(config.device)
         if config.measure:
             return measure(config)
         world = join(config.device)
-    except UserError as error:
-        sys.exit(flags.fail("train.py", error, 2))
-    except torch.cuda.OutOfMemoryError as error:
-        sys.exit(flags.fail("train.py", evaluation.out_of_memory(error, SMALLER), 1))
-    except ConnectionError as error:
-        sys.exit(flags.fail("train.py", error, 1))
     stream = sys.stderr if config.json else sys.stdout
     console = Console(stream if world.is_rank_zero else open(os.devnull, "w"))
     summaries: list[dict[str, Any]] = []
     if line := defaults_line(config):
         console.say(line)
     try:
-        with StopSignals() as signals:
+        with StopSignals() as signals, evaluation.out_of_memory(SMALLER):
             context = Context(world, console, signals)
             check_folders(config, world)
             if config.teacher and not config.teacher_checkpoint:
@@ -97,8 +91,6 @@ def main(argv: list[str] | None = None) -> None:
         world.end(flags.fail("train.py", error, status) if world.claims_error() else status)
     except (engine.Diverged, OSError, MemoryError) as error:
         world.end(flags.fail("train.py", error, 1) if world.claims_error() else 1)
-    except torch.cuda.OutOfMemoryError as error:
-        world.end(flags.fail("train.py", evaluation.out_of_memory(error, SMALLER), 1) if world.claims_error() else 1)
     except RuntimeError as error:
         if not world.is_peer_failure(error):
             raise

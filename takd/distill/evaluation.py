@@ -73,9 +73,14 @@ def check_gpu(device: str) -> None:
         raise UserError(f"{build} cannot use {gpu_name()}: {why}; {install}, --cuda 0 runs on the CPU") from None
 
 
-def out_of_memory(error: Exception, fix: str) -> str:
-    """PyTorch's paragraph about a GPU's memory as one line, with a remedy."""
-    return f"the GPU is out of memory: {', '.join(str(error).split('. ')[1:3]) or error}; {fix}"
+@contextlib.contextmanager
+def out_of_memory(fix: str) -> Iterator[None]:
+    """PyTorch's paragraph about a GPU's memory as a MemoryError of one line, with a remedy."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        why = ", ".join(str(error).split(". ")[1:3]) or error
+        raise MemoryError(f"the GPU is out of memory: {why}; {fix}") from None
 
 
 def input_dtype(precision: str) -> torch.dtype:
