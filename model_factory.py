@@ -11,9 +11,7 @@ in takd/config/names.py. Legend: B batch, C classes, H W height and width.
 """
 
 import inspect
-import math
 import re
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ from takd.config import names
 from takd.distill.methods import Features
 from takd.errors import UserError
 from takd.files import import_class, misfit
-from takd.process import killable
+from takd.process import downloading
 from takd.run import checkpoint
 from takd.run.checkpoint import load_weights
 
@@ -84,8 +82,7 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(64, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # He et al. 2015, fan out
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def _stage(self, in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
         first = BasicBlock(in_channels, out_channels, stride, self.padded)
@@ -318,12 +315,11 @@ def _pretrained_state(name):
     import torchvision.models
 
     weights = torchvision.models.get_model_weights(name).DEFAULT
-    file, before = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name, socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # seconds without data, as for data sets
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
         if file.is_file():
             checkpoint.weights_of(checkpoint.read(file), file)  # executes nothing
-        with killable():
+        with downloading():
             return torchvision.models.get_model(name, weights=weights, progress=False).state_dict()
     except OSError as error:
         reason, fix = getattr(error, "reason", error), f"fetch {weights.url} and put it at {file}"
@@ -331,8 +327,6 @@ def _pretrained_state(name):
     except RuntimeError as error:  # other keys, or another checksum
         reason = str(error).splitlines()[0]
         raise UserError(f"--pretrained: {file} does not hold torchvision's {name} ({reason}); delete it") from None
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def _from_file(name, classes, image_size, pretrained):
