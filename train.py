@@ -185,7 +185,7 @@ def train_teacher_first(config: RunConfig, context: Context) -> RunConfig:
     """
     check_folders(config, context.world)
     train, last = check_fit(config), config.teacher_config()
-    if not getattr(methods.find(config.method), "needs_features", True) and not last.best_file.exists():
+    if not needs_features(config) and not last.best_file.exists():
         choose_cache(train, config.augment, config.teacher_cache, last.best_file / "table")
     if last.teacher:
         last = train_teacher_first(last, context)
@@ -257,8 +257,12 @@ def load_teacher(
     """The run's frozen teachers, scored on the test images."""
     loaded = []
     for name, file in zip(config.teachers, config.teacher_checkpoints, strict=True):
-        teacher, recorded_percent = load_frozen(config, name, file, splits.train, precision, cpu)
+        network, transform, metadata = teacher_network(config, name, file, splits.train)
+        teacher = Teacher(network, transform, splits.train, precision, needs_features(config), cpu and cpu.pack)
         teacher.label = f"{name}: " if len(config.teachers) > 1 else ""
+        teacher.path = metadata.get("path", [name])
+        same_images = metadata.get("dataset", config.dataset) == config.dataset and not config.test_images
+        recorded_percent = metadata.get("test_accuracy_percent") if same_images else None
         teacher.score(splits.test, file, recorded_percent, say, bool(config.any_teacher), progress)
         loaded.append(teacher)
     return Teachers(loaded) if len(loaded) > 1 else loaded[0]
@@ -285,16 +289,9 @@ def teacher_network(config: RunConfig, name: str, file: str, train: Split) -> tu
     return network, transform, metadata
 
 
-def load_frozen(
-    config: RunConfig, name: str, file: str, train: Split, precision: str, cpu: Any
-) -> tuple[Teacher, float | None]:
-    """(a checkpoint's network, frozen; the test accuracy that it records for these images)."""
-    network, transform, metadata = teacher_network(config, name, file, train)
-    needs_features = getattr(methods.find(config.method), "needs_features", True)
-    teacher = Teacher(network, transform, train, precision, needs_features, cpu and cpu.pack)
-    teacher.path = metadata.get("path", [name])
-    same_data = metadata.get("dataset", config.dataset) == config.dataset
-    return teacher, metadata.get("test_accuracy_percent") if same_data and not config.test_images else None
+def needs_features(config: RunConfig) -> bool:
+    """Whether the method uses more of the teacher than its logits."""
+    return getattr(methods.find(config.method), "needs_features", True)
 
 
 def assemble(
@@ -366,7 +363,7 @@ def check_fit(config: RunConfig) -> Split:
             teachers.insert(0, (network, images.transform))
     if teachers:
         build_method(config, student, teachers, train)
-        if getattr(methods.find(config.method), "needs_features", True):
+        if needs_features(config):
             features_cache(str(config.teacher_cache))
     return train
 
