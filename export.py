@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from takd.config import flags, names
-from takd.errors import UserError
+from takd.errors import UserError, first_line
 
 
 # fmt: off
@@ -127,8 +127,8 @@ def main(argv: list[str] | None = None) -> None:
                 session = Session(temporary)
                 logits = evaluation.predict(session, test, Transform((0.0,) * 3, (1.0,) * 3, size))
             except Exception as error:  # of one of its many classes
-                reason = str(error).splitlines()[0]
-                sys.exit(flags.fail("export.py", f"ONNX Runtime cannot run the file: {reason}; nothing is written", 1))
+                why = f"ONNX Runtime cannot run the file: {first_line(error)}; nothing is written"
+                sys.exit(flags.fail("export.py", why, 1))
             worst = difference(logits, expected)
             if not worst <= TOLERANCE:  # nor nan
                 why = f"ONNX Runtime's logits differ from PyTorch's by {worst:.1e}; nothing is written"
@@ -218,7 +218,7 @@ def exported(network: nn.Module, image_size: int, name: str, metadata: dict[str,
                 verbose=False,
             )
     except Exception as error:  # the exporter's own, or whatever a user's network raises in it
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise UserError(f"{name} cannot be exported: {type(error).__name__}: {reason}") from None
     model = program.model_proto
     for part in (model.graph.node, model.graph.input, model.graph.output, model.graph.value_info):

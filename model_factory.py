@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from takd.config import names
 from takd.distill.methods import Features
-from takd.errors import UserError
+from takd.errors import UserError, first_line
 from takd.files import import_class, misfit
 from takd.process import downloading
 from takd.run import checkpoint
@@ -325,8 +325,8 @@ def _pretrained_state(name):
         reason, fix = getattr(error, "reason", error), f"fetch {weights.url} and put it at {file}"
         raise UserError(f"--pretrained: no weights of {name} and no download ({reason}); {fix}") from None
     except RuntimeError as error:  # other keys, or another checksum
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--pretrained: {file} does not hold torchvision's {name} ({reason}); delete it") from None
+        why = first_line(error)
+        raise UserError(f"--pretrained: {file} does not hold torchvision's {name} ({why}); delete it") from None
 
 
 def _from_file(name, classes, image_size, pretrained):

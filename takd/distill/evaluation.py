@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from takd.config.flags import gpu_name
-from takd.errors import UserError
+from takd.errors import UserError, first_line
 from takd.images.split import Split, Transform
 from takd.process import safe_point
 
@@ -69,7 +69,7 @@ def check_gpu(device: str) -> None:
         build = (
             f"torch {torch.__version__} (built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPUs'})"
         )
-        why, install = str(error).splitlines()[0], "another build of torch (pytorch.org/get-started) or driver may"
+        why, install = first_line(error), "another build of torch (pytorch.org/get-started) or driver may"
         raise UserError(f"{build} cannot use {gpu_name()}: {why}; {install}, --cuda 0 runs on the CPU") from None
 
 
