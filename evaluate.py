@@ -140,7 +140,7 @@ def evaluate(
     if metadata["classes"] != len(outline.classes):
         raise UserError(f"{path} was trained for {metadata['classes']} classes; {dataset} has {len(outline.classes)}")
     if key not in splits:
-        test = data_loader.read(dataset, args.dataset_dir, say=warn, **options).test
+        test = data_loader.read(dataset, args.dataset_dir, say=flags.warn, **options).test
         test = fewer(test, args.test_images) if args.test_images else test
         splits[key] = test.to(torch.device(args.device))
     test = splits[key]
@@ -168,9 +168,9 @@ def evaluate(
     found = Evaluation(result, logits, test)
     if recorded is not None and not args.test_images and abs(recorded - score["accuracy_percent"]) > 0.5:
         here = f"{dataset} here gives {score['accuracy_percent']:.2f} %"
-        warn(f"warning: {path} records {recorded:.2f} %, {here}: other images?")
+        flags.warn(f"warning: {path} records {recorded:.2f} %, {here}: other images?")
     if found.only_guesses:
-        warn(f"warning: {path} does not beat guessing: another data set, other normalisation, or not trained")
+        flags.warn(f"warning: {path} does not beat guessing: another data set, other normalisation, or not trained")
     return found
 
 
@@ -178,12 +178,12 @@ def in_order(logits: torch.Tensor, path: str, metadata: dict[str, Any], dataset:
     """The logits in the order of the data set's classes; a warning where the file was trained on other classes."""
     class_names = metadata.get("class_names", test.classes)
     if order := class_order(class_names, test.classes):
-        warn(f"note: {path} has the classes of {dataset} in another order: matched by name")
+        flags.warn(f"note: {path} has the classes of {dataset} in another order: matched by name")
         return logits[:, order]
     if sorted(class_names) != sorted(test.classes) or metadata.get("dataset", dataset) != dataset:
         other = f"{metadata.get('dataset', 'other images')} ({few(metadata.get('class_names', ['?']))})"
         here = f"{dataset} ({few(test.classes)})"
-        warn(f"warning: {path} was trained on {other}, not {here}: classes are matched by position")
+        flags.warn(f"warning: {path} was trained on {other}, not {here}: classes are matched by position")
     return logits
 
 
@@ -228,10 +228,6 @@ def scored(found: Evaluation) -> Scored:
 
 def few(classes: Sequence[str]) -> str:
     return ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
-
-
-def warn(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

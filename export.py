@@ -153,8 +153,9 @@ def test_images(args: argparse.Namespace, metadata: dict[str, Any]) -> Split:
     dataset, file = args.dataset or metadata.get("dataset"), args.checkpoint
     if dataset is None:
         raise UserError(f"{file} does not record its data set; name it with --dataset")
-    read = data_loader.read(dataset, args.dataset_dir, args.download is not False, warn, metadata["image_size"] or 0)
-    test, recorded = read.test, metadata.get("class_names") or read.test.classes
+    download, size = args.download is not False, metadata["image_size"] or 0
+    test = data_loader.read(dataset, args.dataset_dir, download, flags.warn, size).test
+    recorded = metadata.get("class_names") or test.classes
     if metadata["classes"] != len(test.classes) or sorted(recorded) != sorted(test.classes):
         raise UserError(f"{file} was trained on other classes than those of {dataset} in {args.dataset_dir}")
     if order := class_order(recorded, test.classes):
@@ -226,10 +227,6 @@ def exported(network: nn.Module, image_size: int, name: str, metadata: dict[str,
             del each.metadata_props[:]  # the exporter's stack traces, with the paths of this machine
     onnx.helper.set_model_props(model, metadata)
     return model.SerializeToString()
-
-
-def warn(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

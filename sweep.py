@@ -30,6 +30,7 @@ from takd.config import flags, run_config
 from takd.config.flags import number
 from takd.errors import UserError
 from takd.study import collect, plan, ranking, slurm, space, sweep
+from takd.study.score_report import text_table
 from takd.study.sweep import Sweep
 
 HERE = Path(__file__).resolve().parent
@@ -86,9 +87,7 @@ def show(folder: Path) -> sweep.State:
         header, rows = search.table()
         ranks = [str(rank) if group.finished else "" for rank, group in enumerate(search.groups, 1)]
         table = [["", *header], *([rank, *row] for rank, row in zip(ranks, rows, strict=True))]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for row in table:
-            print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
+        print(text_table(table, left=0))
         if search.best:
             print(f"\nbest      {search.command}")
     progress = f"{state.running} in progress, {len(state.failed)} failed"

@@ -134,8 +134,7 @@ class Parser(argparse.ArgumentParser):
         return values, {key: "command line" if key in direct else "arguments file" for key in values}
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(fail(self.prog, f"{message} (see {self.prog} --help)", 2))
 
 
 class _Version(argparse.Action):
@@ -155,8 +154,12 @@ def check_packages(program: str, *packages: str, file: str = "requirements.txt")
 
 def fail(program: str, error: object, status: int) -> int:
     """Print an error as one line; returns the exit status."""
-    print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    warn(f"{program}: error: {' '.join(str(error).split())}")
     return status
+
+
+def warn(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 @contextlib.contextmanager

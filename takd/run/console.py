@@ -1,7 +1,6 @@
 """Console output: setup lines, one row per epoch, and progress in between. Epochs are counted from 1 here."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
@@ -14,8 +13,8 @@ _RECORDED_APART = ("loss", "accuracy_percent", "images_per_second", "seconds")  
 class Console:
     """Shows how far training and evaluation are as a bar on a terminal, elsewhere as one plain line per minute."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stdout
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
         self.columns: list[str] = []
 
     def say(self, line: str) -> None:

@@ -44,8 +44,9 @@ def launch(count: int, command: list[str], say: Callable[[str], object]) -> int:
                 "MASTER_PORT": str(port),
                 "RANK": str(rank),
                 "WORLD_SIZE": str(count),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(count),
             }
-            environment |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
             children.append(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent()))
         if received:  # while they were being started
             forward(received[0])
