@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -111,10 +112,17 @@ class RunConfig:
         return settings_of(self.record())
 
     def learning_rate_at(self, epoch: int) -> float:
-        """The rate of one epoch, counted from 0."""
-        steps = self.learning_rate, self.milestones, self.learning_rate_decay
-        cosine_epochs = self.epochs if self.schedule == "cosine" else None
-        return recipes.learning_rate_at(epoch, *steps, cosine_epochs, self.warmup_epochs or 0)
+        """The rate of one epoch, counted from 0. Stateless: a continued run has no scheduler to restore.
+
+        As of PyTorch's schedulers, stepped once an epoch: MultiStepLR, times LinearLR (from a third of the rate, its
+        default) in the warm-up; or, with a cosine, LinearLR and after it CosineAnnealingLR down to 0.
+        """
+        warmup = self.warmup_epochs or 0
+        if self.schedule == "cosine" and epoch >= warmup:
+            progress = (epoch - warmup) / (self.epochs - warmup)
+            return self.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+        rate = self.learning_rate * self.learning_rate_decay ** sum(epoch >= each for each in self.milestones)
+        return rate * (1 + 2 * epoch / warmup) / 3 if epoch < warmup else rate
 
     def replace(self, origin: str | None = None, **changes: Any) -> "RunConfig":
         """A copy with other values; `origin` is recorded as their origin."""
