@@ -86,11 +86,10 @@ def main(argv: list[str] | None = None) -> None:
                 summaries.append(run(each, context))
     except Stopped as stop:
         world.end(stop.code)
-    except UserError as error:
-        status = 1 if summaries or config.origins.get("teacher_checkpoint") == ITS_OWN else 2  # 2: nothing was written
+    except (UserError, engine.Diverged, OSError, MemoryError) as error:
+        begun = summaries or config.origins.get("teacher_checkpoint") == ITS_OWN
+        status = 2 if isinstance(error, UserError) and not begun else 1  # 2: nothing was written
         world.end(flags.fail("train.py", error, status) if world.claims_error() else status)
-    except (engine.Diverged, OSError, MemoryError) as error:
-        world.end(flags.fail("train.py", error, 1) if world.claims_error() else 1)
     except RuntimeError as error:
         if not world.is_peer_failure(error):
             raise

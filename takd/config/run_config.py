@@ -143,7 +143,8 @@ class RunConfig:
         given, but not the student's optimiser flags."""
         settings, (*above, network) = self.record(), self.teachers
         passed = (*PASSED_TO_TEACHER, "method", "teacher_cache", "any_teacher") if above else PASSED_TO_TEACHER
-        given = {key: settings[key] for key in passed if key in settings and self._given(key)}
+        present = [key for key in passed if key in settings]
+        given = {key: settings[key] for key in present if not self.origins[key].startswith(DERIVED)}
         given["student"] = network
         if above:
             given |= self.learning | {"teacher": above if len(above) > 1 else above[0]}
@@ -158,9 +159,6 @@ class RunConfig:
         if origins["seed"] == "tuner":  # the student's alone: all trials of an experiment learn from one teacher
             given["seed"], origins["seed"] = flags.DEFAULT_SEED, "default"
         return dataclasses.replace(resolve(given, origins), device=self.device, learning=self.learning)
-
-    def _given(self, key):
-        return not self.origins[key].startswith(DERIVED)
 
     def repetitions(self) -> list["RunConfig"]:
         """The runs of --repeat: one per seed, each in its own folder inside --run-dir. Without --repeat: this run."""
