@@ -15,7 +15,6 @@ if __name__ == "__main__":
     process.start()
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,8 +77,7 @@ def outline(config: RunConfig, pixels: bool = False, say: Say = lambda line: Non
         splits = splits._replace(test=fewer(splits.test, config.test_images))
     own = {key: value for key, value in names.declared_input(config.student).items() if key != "image_size"}
     transform = splits.train.transform._replace(**{key: tuple(value) for key, value in own.items()})
-    splits = Splits(*(part and dataclasses.replace(part, transform=transform) for part in splits))
-    return splits
+    return Splits(*(part and dataclasses.replace(part, transform=transform) for part in splits))
 
 
 def read(
@@ -143,9 +141,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with flags.errors_in_one_line("data_loader.py"):
         main()
-    except UserError as error:
-        sys.exit(flags.fail("data_loader.py", error, 2))
-    except OSError as error:
-        sys.exit(flags.fail("data_loader.py", error, 1))

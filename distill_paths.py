@@ -50,9 +50,9 @@ def build_parser() -> flags.Parser:
     flag("--sizes", nargs="+", type=flags.network, metavar="NAME", help="networks, the teacher first, the student last")
     flag("--family", choices=tuple(plan.FAMILIES), help="the paper's sizes of a family")
     flag("--paths", nargs="+", metavar="A,B,C", help="only these paths, such as 110,20,8 (default: all)")
-    flag("--guidance", choices=("last", "all"), default="last",
+    flag("--guidance", choices=("last", "all"),
          help="each network learns from the last one above it on its path, or from all above it, by dgkd unless "
-         "--method names another")
+         "--method names another (default: last)")
     flag("--set", nargs="+", action="extend", metavar="SIZE:KEY=VALUE,...",
          help="settings of single steps: 8:temperature=5,lambda=.15 for each training of size 8, 20,8:... for those "
          "from 20, 110,20,8:... for that path; @FILE reads them from a file")
@@ -110,10 +110,9 @@ def read_arguments(argv: list[str]) -> Study:
         if args.guidance == "all" and max(map(len, paths)) < 3:
             raise UserError("--guidance all: no path has an assistant, so that each network has one teacher at most")
         steps = [plan.parse_step(text, sizes, trainer) for text in args.set or ()]
-        args.seeds = args.seeds or list(parser.defaults["seeds"])
         if len(set(args.seeds)) < len(args.seeds):
             raise UserError(f"--seeds {' '.join(map(str, args.seeds))}: each seed once")
-        args.runs = Path(args.runs or parser.defaults["runs"])
+        args.runs = Path(args.runs)
         files.check_folder(args.runs, "--runs")
         check_places(args, common)
     except UserError as error:
@@ -287,7 +286,7 @@ def chosen(only: Sequence[str], trainings: Sequence[Training]) -> list[Training]
 def main(argv: list[str] | None = None) -> None:
     study = read_arguments(sys.argv[1:] if argv is None else argv)
     args = study.args
-    try:
+    with flags.errors_in_one_line("distill_paths.py"):
         trainings = plan.plan(args.runs, study.sizes, study.paths, args.seeds, study.common, study.steps, args.guidance)
         elsewhere = bool(args.slurm or args.dry_run)
         configs = {training: training.config(elsewhere) for training in trainings}
@@ -302,10 +301,6 @@ def main(argv: list[str] | None = None) -> None:
         if args.dry_run:
             sys.exit(show_plan(study, trainings, configs))
         sys.exit(run_here(args, trainings))
-    except UserError as error:
-        sys.exit(flags.fail("distill_paths.py", error, 2))
-    except OSError as error:
-        sys.exit(flags.fail("distill_paths.py", error, 1))
 
 
 if __name__ == "__main__":

@@ -53,10 +53,8 @@ def build_parser() -> flags.Parser:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments, with the device. Exits with a usage error if they are wrong, before anything is read."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    args.dataset_dir = args.dataset_dir or parser.defaults["dataset_dir"]
-    try:
+    args = build_parser().parse_args(argv)
+    with flags.errors_in_one_line("evaluate.py"):
         if not args.checkpoint:
             raise UserError("name the files to score: evaluate.py FILE ...")
         if args.teacher and not args.teacher_checkpoint:
@@ -64,8 +62,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         if args.report is not None:
             files.check_folder(args.report, "--report")
         args.device = flags.device_name(args.cuda)
-    except UserError as error:
-        sys.exit(flags.fail("evaluate.py", error, 2))
     return args
 
 
@@ -104,7 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     splits: dict[Any, Split] = {}
     students: list[Evaluation] = []
     teachers: dict[str, Evaluation] = {}  # by data set
-    try:
+    fix = "--cuda 0 evaluates on the CPU"
+    with flags.errors_in_one_line("evaluate.py"), evaluation.out_of_memory(fix):
         evaluation.check_gpu(args.device)
         for path in args.checkpoint:
             student = evaluate(path, args.model, args.dataset, args, splits)
@@ -119,12 +116,6 @@ def main(argv: list[str] | None = None) -> None:
         everything = [*teachers.values(), *students]
         if args.report is not None:
             score_report.write_report(args.report, [scored(each) for each in everything])
-    except UserError as error:
-        sys.exit(flags.fail("evaluate.py", error, 2))
-    except torch.cuda.OutOfMemoryError as error:
-        sys.exit(flags.fail("evaluate.py", evaluation.out_of_memory(error, "--cuda 0 evaluates on the CPU"), 1))
-    except (OSError, MemoryError) as error:
-        sys.exit(flags.fail("evaluate.py", error, 1))
     results = [each.result for each in everything]
     if not args.json:
         print(score_report.text_table(score_report.score_rows(results), left=3))
@@ -149,7 +140,7 @@ def evaluate(
     if metadata["classes"] != len(outline.classes):
         raise UserError(f"{path} was trained for {metadata['classes']} classes; {dataset} has {len(outline.classes)}")
     if key not in splits:
-        test = data_loader.read(dataset, args.dataset_dir, say=warn, **options).test
+        test = data_loader.read(dataset, args.dataset_dir, say=flags.warn, **options).test
         test = fewer(test, args.test_images) if args.test_images else test
         splits[key] = test.to(torch.device(args.device))
     test = splits[key]
@@ -177,9 +168,9 @@ def evaluate(
     found = Evaluation(result, logits, test)
     if recorded is not None and not args.test_images and abs(recorded - score["accuracy_percent"]) > 0.5:
         here = f"{dataset} here gives {score['accuracy_percent']:.2f} %"
-        warn(f"warning: {path} records {recorded:.2f} %, {here}: other images?")
+        flags.warn(f"warning: {path} records {recorded:.2f} %, {here}: other images?")
     if found.only_guesses:
-        warn(f"warning: {path} does not beat guessing: another data set, other normalisation, or not trained")
+        flags.warn(f"warning: {path} does not beat guessing: another data set, other normalisation, or not trained")
     return found
 
 
@@ -187,21 +178,21 @@ def in_order(logits: torch.Tensor, path: str, metadata: dict[str, Any], dataset:
     """The logits in the order of the data set's classes; a warning where the file was trained on other classes."""
     class_names = metadata.get("class_names", test.classes)
     if order := class_order(class_names, test.classes):
-        warn(f"note: {path} has the classes of {dataset} in another order: matched by name")
+        flags.warn(f"note: {path} has the classes of {dataset} in another order: matched by name")
         return logits[:, order]
     if sorted(class_names) != sorted(test.classes) or metadata.get("dataset", dataset) != dataset:
         other = f"{metadata.get('dataset', 'other images')} ({few(metadata.get('class_names', ['?']))})"
         here = f"{dataset} ({few(test.classes)})"
-        warn(f"warning: {path} was trained on {other}, not {here}: classes are matched by position")
+        flags.warn(f"warning: {path} was trained on {other}, not {here}: classes are matched by position")
     return logits
 
 
 def costs(network: torch.nn.Module, test: Split, path: str, measure: bool) -> dict[str, Any]:
     """The network's weights and operations and, if `measure`, its latency on this device."""
     known: dict[str, Any] = {
-        "parameters": model_factory.count_parameters(network),
+        "parameters": evaluation.count_parameters(network),
         "multiply_accumulates": evaluation.multiply_accumulates(network, test.image_size),
-        "weights_bytes": sum(value.numel() * value.element_size() for value in network.state_dict().values()),
+        "weights_bytes": evaluation.weights_bytes(network),
         "file_bytes": Path(path).stat().st_size,
     }
     if measure:
@@ -237,10 +228,6 @@ def scored(found: Evaluation) -> Scored:
 
 def few(classes: Sequence[str]) -> str:
     return ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")
-
-
-def warn(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

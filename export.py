@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from takd.config import flags, names
-from takd.errors import UserError
+from takd.errors import UserError, first_line
 
 
 # fmt: off
@@ -47,9 +47,7 @@ def build_parser() -> flags.Parser:
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments. Exits with a usage error if they are wrong, before anything is read."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    args.dataset_dir = args.dataset_dir or parser.defaults["dataset_dir"]
+    args = build_parser().parse_args(argv)
     output = Path(args.output)
     try:
         special = output.exists() and not output.is_file()
@@ -114,13 +112,9 @@ class Session(nn.Module):
         return torch.from_numpy(self.session.run(["logits"], {"images": images.contiguous().numpy()})[0])
 
 
-class Mismatch(Exception):
-    """ONNX Runtime's logits are not PyTorch's, or it has none."""
-
-
 def main(argv: list[str] | None = None) -> None:
     args = ARGUMENTS if argv is None else parse(argv)
-    try:
+    with flags.errors_in_one_line("export.py"):
         network, metadata = model_factory.load(args.checkpoint, args.model, args.image_size)
         test = test_images(args, metadata)
         size, inside = test.image_size, Normalised(network, metadata).eval()
@@ -133,20 +127,16 @@ def main(argv: list[str] | None = None) -> None:
                 session = Session(temporary)
                 logits = evaluation.predict(session, test, Transform((0.0,) * 3, (1.0,) * 3, size))
             except Exception as error:  # of one of its many classes
-                reason = str(error).splitlines()[0]
-                raise Mismatch(f"ONNX Runtime cannot run the file: {reason}; nothing is written") from None
+                why = f"ONNX Runtime cannot run the file: {first_line(error)}; nothing is written"
+                sys.exit(flags.fail("export.py", why, 1))
             worst = difference(logits, expected)
             if not worst <= TOLERANCE:  # nor nan
-                raise Mismatch(f"ONNX Runtime's logits differ from PyTorch's by {worst:.1e}; nothing is written")
-    except UserError as error:
-        sys.exit(flags.fail("export.py", error, 2))
-    except (Mismatch, OSError, MemoryError) as error:
-        sys.exit(flags.fail("export.py", error, 1))
-    weights = sum(value.numel() * value.element_size() for value in network.state_dict().values())
+                why = f"ONNX Runtime's logits differ from PyTorch's by {worst:.1e}; nothing is written"
+                sys.exit(flags.fail("export.py", why, 1))
     inside.to(memory_format=torch.channels_last)  # for speed, as in training
     rows = [["", "test %", "MB", *(f"ms, batch of {images}" for images in BATCHES)]]
     for name, each, answers, stored in (
-        ("PyTorch", inside, expected, weights),
+        ("PyTorch", inside, expected, evaluation.weights_bytes(network)),
         ("ONNX", session, logits, len(contents)),
     ):
         accuracy = evaluation.score(answers, test.labels)["accuracy_percent"]
@@ -163,8 +153,9 @@ def test_images(args: argparse.Namespace, metadata: dict[str, Any]) -> Split:
     dataset, file = args.dataset or metadata.get("dataset"), args.checkpoint
     if dataset is None:
         raise UserError(f"{file} does not record its data set; name it with --dataset")
-    read = data_loader.read(dataset, args.dataset_dir, args.download is not False, warn, metadata["image_size"] or 0)
-    test, recorded = read.test, metadata.get("class_names") or read.test.classes
+    download, size = args.download is not False, metadata["image_size"] or 0
+    test = data_loader.read(dataset, args.dataset_dir, download, flags.warn, size).test
+    recorded = metadata.get("class_names") or test.classes
     if metadata["classes"] != len(test.classes) or sorted(recorded) != sorted(test.classes):
         raise UserError(f"{file} was trained on other classes than those of {dataset} in {args.dataset_dir}")
     if order := class_order(recorded, test.classes):
@@ -228,7 +219,7 @@ def exported(network: nn.Module, image_size: int, name: str, metadata: dict[str,
                 verbose=False,
             )
     except Exception as error:  # the exporter's own, or whatever a user's network raises in it
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         raise UserError(f"{name} cannot be exported: {type(error).__name__}: {reason}") from None
     model = program.model_proto
     for part in (model.graph.node, model.graph.input, model.graph.output, model.graph.value_info):
@@ -236,10 +227,6 @@ def exported(network: nn.Module, image_size: int, name: str, metadata: dict[str,
             del each.metadata_props[:]  # the exporter's stack traces, with the paths of this machine
     onnx.helper.set_model_props(model, metadata)
     return model.SerializeToString()
-
-
-def warn(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

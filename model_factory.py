@@ -11,9 +11,7 @@ in takd/config/names.py. Legend: B batch, C classes, H W height and width.
 """
 
 import inspect
-import math
 import re
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +23,9 @@ from torch.nn import functional as F
 
 from takd.config import names
 from takd.distill.methods import Features
-from takd.errors import UserError
+from takd.errors import UserError, first_line
 from takd.files import import_class, misfit
-from takd.process import killable
+from takd.process import downloading
 from takd.run import checkpoint
 from takd.run.checkpoint import load_weights
 
@@ -84,8 +82,7 @@ class ResNet(nn.Module):
         self.fc = nn.Linear(64, classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # He et al. 2015, fan out
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels
-                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / fan_out))
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def _stage(self, in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
         first = BasicBlock(in_channels, out_channels, stride, self.padded)
@@ -210,11 +207,6 @@ def kaiming_xavier(network: nn.Module) -> None:
 INITIALISATIONS = {"kaiming-xavier": kaiming_xavier}  # besides the networks' own
 
 
-def count_parameters(network: nn.Module) -> int:
-    """Trainable values in a network."""
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
 # ---------------------------------------------------------------------------------- other people's networks
 class _HookedFeatures:
     """Mixed into the class of a network that only has `forward`: forward_features by hooks on its modules."""
@@ -323,21 +315,18 @@ def _pretrained_state(name):
     import torchvision.models
 
     weights = torchvision.models.get_model_weights(name).DEFAULT
-    file, before = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name, socket.getdefaulttimeout()
-    socket.setdefaulttimeout(20)  # seconds without data, as for data sets
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
         if file.is_file():
             checkpoint.weights_of(checkpoint.read(file), file)  # executes nothing
-        with killable():
+        with downloading():
             return torchvision.models.get_model(name, weights=weights, progress=False).state_dict()
     except OSError as error:
         reason, fix = getattr(error, "reason", error), f"fetch {weights.url} and put it at {file}"
         raise UserError(f"--pretrained: no weights of {name} and no download ({reason}); {fix}") from None
     except RuntimeError as error:  # other keys, or another checksum
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--pretrained: {file} does not hold torchvision's {name} ({reason}); delete it") from None
-    finally:
-        socket.setdefaulttimeout(before)
+        why = first_line(error)
+        raise UserError(f"--pretrained: {file} does not hold torchvision's {name} ({why}); delete it") from None
 
 
 def _from_file(name, classes, image_size, pretrained):
@@ -412,9 +401,9 @@ def classes_of(state_dict: State, name: str, recorded: int | None = None) -> int
     Torchvision's networks and timm's register the classifier last. In a user's network it may be anywhere: what the
     checkpoint records counts.
     """
-    if recorded and names.is_own(name):
+    if recorded and names.is_file(name):
         return recorded
-    if names.torchvision_name(name) or names.is_own(name):
+    if names.torchvision_name(name) or names.is_file(name):
         classifiers = [key for key, value in state_dict.items() if value.dim() > 1][-1:]
     else:
         weights = [key for key, value in state_dict.items() if value.dim() == 2]

@@ -30,6 +30,7 @@ from takd.config import flags, run_config
 from takd.config.flags import number
 from takd.errors import UserError
 from takd.study import collect, plan, ranking, slurm, space, sweep
+from takd.study.score_report import text_table
 from takd.study.sweep import Sweep
 
 HERE = Path(__file__).resolve().parent
@@ -56,9 +57,6 @@ def read_arguments(argv: list[str]) -> argparse.Namespace:
     if len(argv) == 1 and not argv[0].startswith(("-", "@")):
         return argparse.Namespace(runs=Path(argv[0]), common=None)
     args, passed_on = parser.parse_known_args(argv)
-    for key, default in parser.defaults.items():
-        if default is not None and getattr(args, key) is None:
-            setattr(args, key, default)
     trainer = flags.train_parser()
     trainer.others = list(parser.actions)
     args.common, _ = trainer.given(passed_on)
@@ -89,9 +87,7 @@ def show(folder: Path) -> sweep.State:
         header, rows = search.table()
         ranks = [str(rank) if group.finished else "" for rank, group in enumerate(search.groups, 1)]
         table = [["", *header], *([rank, *row] for rank, row in zip(ranks, rows, strict=True))]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for row in table:
-            print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
+        print(text_table(table, left=0))
         if search.best:
             print(f"\nbest      {search.command}")
     progress = f"{state.running} in progress, {len(state.failed)} failed"
@@ -159,17 +155,13 @@ def submit(args: argparse.Namespace, searched: Sweep) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = read_arguments(sys.argv[1:] if argv is None else argv)
-    try:
+    with flags.errors_in_one_line("sweep.py"):
         if args.common is None:
             show(args.runs)
         elif args.slurm:
             submit(args, sweep_of(args))
         else:
             sys.exit(work(args, sweep_of(args)))
-    except UserError as error:
-        sys.exit(flags.fail("sweep.py", error, 2))
-    except OSError as error:
-        sys.exit(flags.fail("sweep.py", error, 1))
 
 
 if __name__ == "__main__":

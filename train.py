@@ -66,24 +66,18 @@ SMALLER = "a smaller --batch-size, --teacher-cache live, or fewer runs at once (
 
 def main(argv: list[str] | None = None) -> None:
     stdout, config = (STDOUT, CONFIG) if argv is None else (sys.stdout, run_config.parse(argv, __doc__))
-    try:
+    with flags.errors_in_one_line("train.py"), evaluation.out_of_memory(SMALLER):
         evaluation.check_gpu(config.device)
         if config.measure:
             return measure(config)
         world = join(config.device)
-    except UserError as error:
-        sys.exit(flags.fail("train.py", error, 2))
-    except torch.cuda.OutOfMemoryError as error:
-        sys.exit(flags.fail("train.py", evaluation.out_of_memory(error, SMALLER), 1))
-    except ConnectionError as error:
-        sys.exit(flags.fail("train.py", error, 1))
     stream = sys.stderr if config.json else sys.stdout
     console = Console(stream if world.is_rank_zero else open(os.devnull, "w"))
     summaries: list[dict[str, Any]] = []
     if line := defaults_line(config):
         console.say(line)
     try:
-        with StopSignals() as signals:
+        with StopSignals() as signals, evaluation.out_of_memory(SMALLER):
             context = Context(world, console, signals)
             check_folders(config, world)
             if config.teacher and not config.teacher_checkpoint:
@@ -92,13 +86,10 @@ def main(argv: list[str] | None = None) -> None:
                 summaries.append(run(each, context))
     except Stopped as stop:
         world.end(stop.code)
-    except UserError as error:
-        status = 1 if summaries or config.origins.get("teacher_checkpoint") == ITS_OWN else 2  # 2: nothing was written
+    except (UserError, engine.Diverged, OSError, MemoryError) as error:
+        begun = summaries or config.origins.get("teacher_checkpoint") == ITS_OWN
+        status = 2 if isinstance(error, UserError) and not begun else 1  # 2: nothing was written
         world.end(flags.fail("train.py", error, status) if world.claims_error() else status)
-    except (engine.Diverged, OSError, MemoryError) as error:
-        world.end(flags.fail("train.py", error, 1) if world.claims_error() else 1)
-    except torch.cuda.OutOfMemoryError as error:
-        world.end(flags.fail("train.py", evaluation.out_of_memory(error, SMALLER), 1) if world.claims_error() else 1)
     except RuntimeError as error:
         if not world.is_peer_failure(error):
             raise
@@ -155,7 +146,8 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
         recorded, summary = world.broadcast(earlier)  # whoever held the lock may have finished it, or was stopped
         if summary:
             return summary
-        for line in setup_lines(config, hardware(config, precision, world.size, cpu), step.student):
+        where, parameters = hardware(config, precision, world.size, cpu), evaluation.count_parameters(step.student)
+        for line in setup_lines(config, where, parameters):
             console.say(line)
         trainer = Trainer(config, splits, step, directory, context)
         trainer.resume(recorded, {"processes": world.size} | ({"kernels": cpu.kernels.version()} if cpu else {}))
@@ -167,7 +159,7 @@ def run(config: RunConfig, context: Context, wait: bool = False) -> dict[str, An
         trainer.take_step = step_graph(config, step, world.size, console.say) or step
         # Processes of a group stop where they agreed upon it and nowhere else: the others would wait for one that left.
         with signals.deferred() if world.size > 1 else contextlib.nullcontext(), recorded_failure(directory, world):
-            for epoch in trainer.remaining_epochs():
+            for epoch in range(trainer.epoch, config.epochs):  # the first perhaps from its middle on
                 trainer.train(epoch)
                 record = trainer.evaluate(epoch)
                 trainer.save(record)
@@ -192,7 +184,7 @@ def train_teacher_first(config: RunConfig, context: Context) -> RunConfig:
     """
     check_folders(config, context.world)
     train, last = check_fit(config), config.teacher_config()
-    if not getattr(methods.find(config.method), "needs_features", True) and not last.best_file.exists():
+    if not needs_features(config) and not last.best_file.exists():
         choose_cache(train, config.augment, config.teacher_cache, last.best_file / "table")
     if last.teacher:
         last = train_teacher_first(last, context)
@@ -264,8 +256,12 @@ def load_teacher(
     """The run's frozen teachers, scored on the test images."""
     loaded = []
     for name, file in zip(config.teachers, config.teacher_checkpoints, strict=True):
-        teacher, recorded_percent = load_frozen(config, name, file, splits.train, precision, cpu)
+        network, transform, metadata = teacher_network(config, name, file, splits.train)
+        teacher = Teacher(network, transform, splits.train, precision, needs_features(config), cpu and cpu.pack)
         teacher.label = f"{name}: " if len(config.teachers) > 1 else ""
+        teacher.path = metadata.get("path", [name])
+        same_images = metadata.get("dataset", config.dataset) == config.dataset and not config.test_images
+        recorded_percent = metadata.get("test_accuracy_percent") if same_images else None
         teacher.score(splits.test, file, recorded_percent, say, bool(config.any_teacher), progress)
         loaded.append(teacher)
     return Teachers(loaded) if len(loaded) > 1 else loaded[0]
@@ -292,16 +288,9 @@ def teacher_network(config: RunConfig, name: str, file: str, train: Split) -> tu
     return network, transform, metadata
 
 
-def load_frozen(
-    config: RunConfig, name: str, file: str, train: Split, precision: str, cpu: Any
-) -> tuple[Teacher, float | None]:
-    """(a checkpoint's network, frozen; the test accuracy that it records for these images)."""
-    network, transform, metadata = teacher_network(config, name, file, train)
-    needs_features = getattr(methods.find(config.method), "needs_features", True)
-    teacher = Teacher(network, transform, train, precision, needs_features, cpu and cpu.pack)
-    teacher.path = metadata.get("path", [name])
-    same_data = metadata.get("dataset", config.dataset) == config.dataset
-    return teacher, metadata.get("test_accuracy_percent") if same_data and not config.test_images else None
+def needs_features(config: RunConfig) -> bool:
+    """Whether the method uses more of the teacher than its logits."""
+    return getattr(methods.find(config.method), "needs_features", True)
 
 
 def assemble(
@@ -373,7 +362,7 @@ def check_fit(config: RunConfig) -> Split:
             teachers.insert(0, (network, images.transform))
     if teachers:
         build_method(config, student, teachers, train)
-        if getattr(methods.find(config.method), "needs_features", True):
+        if needs_features(config):
             features_cache(str(config.teacher_cache))
     return train
 
@@ -435,7 +424,7 @@ def measure(config: RunConfig) -> None:
             "network": name,
             "train_images_per_second": rate,
             "evaluation_images_per_second": len(split) / (time.perf_counter() - started),
-            "parameters": model_factory.count_parameters(step.student),
+            "parameters": evaluation.count_parameters(step.student),
         }
         print(json.dumps(line), flush=True)
 

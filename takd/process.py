@@ -8,9 +8,11 @@ import contextlib
 import io
 import os
 import signal
+import socket
 import sys
 from typing import Any, NamedTuple
 
+DOWNLOAD_TIMEOUT_SECONDS = 20
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is SLURM's warning before a time limit
 
 
@@ -132,15 +134,20 @@ def safe_point() -> None:
 
 
 @contextlib.contextmanager
-def killable():
-    """Work without safe points that may be cut off anywhere, such as a download: a signal ends the process at once."""
+def downloading():
+    """A download, which has no safe points and may be cut off anywhere: a signal ends the process at once.
+
+    DOWNLOAD_TIMEOUT_SECONDS of silence are an OSError: a compute node without a network does not hang.
+    """
     global _killable
-    _killable = True
+    _killable, before = True, socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:
         safe_point()
         yield
     finally:
         _killable = False
+        socket.setdefaulttimeout(before)
 
 
 class StopSignals:

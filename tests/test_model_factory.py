@@ -17,6 +17,7 @@ import evaluate
 import model_factory
 import train
 from takd.config import names
+from takd.distill import evaluation
 from takd.distill.teacher import freeze
 from takd.errors import UserError
 
@@ -53,14 +54,14 @@ def test_sizes(name):
     ten, hundred, entries = SIZES[name]
     for classes, parameters in ((10, ten), (100, hundred)):
         network = model_factory.create(name, classes)
-        assert model_factory.count_parameters(network) == parameters
+        assert evaluation.count_parameters(network) == parameters
         assert len(network.state_dict()) == entries
 
 
 def test_cnn5_at_its_own_size():
     """98,446 parameters at 224x224 with ten classes, 588 x 10 + 10 of these in the last layer."""
     network = model_factory.create("cnn5", 10, image_size=224)
-    assert model_factory.count_parameters(network) == 98_446 and network.fc_layers[0].weight.shape == (10, 588)
+    assert evaluation.count_parameters(network) == 98_446 and network.fc_layers[0].weight.shape == (10, 588)
     assert network.eval()(torch.rand(1, 3, 224, 224)).shape == (1, 10)
 
 

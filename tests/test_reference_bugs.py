@@ -36,12 +36,8 @@ def test_kl_is_not_divided_by_the_classes():
 
 def test_the_learning_rate_decays_at_the_papers_epochs():
     """`epoch < int(epoch / 2.0)` was never true: 0.1 was never used."""
-    recipe = recipes.recipe("paper", "resnet110")
-    falls = recipes.milestone_epochs(recipe, 160)
-    rates = [
-        recipes.learning_rate_at(epoch, recipe.learning_rate, falls, recipe.learning_rate_decay)
-        for epoch in (0, 79, 80, 119, 120, 159)
-    ]
+    config = run_config.parse(["--student", "resnet110"], elsewhere=True)
+    rates = [config.learning_rate_at(epoch) for epoch in (0, 79, 80, 119, 120, 159)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 

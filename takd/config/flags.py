@@ -10,7 +10,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with `@file` arguments (several a line, # comments), no abbreviations, and errors of one line (status
     2).
 
-    `flag` keeps a default in `defaults` and leaves argparse's at None, which distinguishes values that were given.
+    `given` has the values that were given, without the `defaults` of the others.
     """
 
     def __init__(self, description: str | None) -> None:
@@ -64,7 +64,7 @@ class Parser(argparse.ArgumentParser):
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             help = f"{help} (default: {shown})".replace("%", "%%")
         aliases = [alias for alias, name in ALIASES.items() if name in spellings]
-        action = self.group.add_argument(*spellings, *aliases, default=None, help=help, **options)
+        action = self.group.add_argument(*spellings, *aliases, default=default, help=help, **options)
         self.defaults[action.dest], self.actions[action.dest] = default, action
 
     def switch(self, spelling: str, help: str) -> None:
@@ -127,14 +127,14 @@ class Parser(argparse.ArgumentParser):
 
     def given(self, argv: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
         """({setting: value} of the flags that were given, {setting: 'command line' or 'arguments file'})."""
-        values = {key: value for key, value in vars(self.parse_args(argv)).items() if value is not None}
+        found = vars(self.parse_args(argv, argparse.Namespace(**dict.fromkeys(self.actions))))
+        values = {key: value for key, value in found.items() if value is not None}
         words = {word.split("=")[0] if word.startswith("--") else word[:2] for word in argv}
         direct = {action.dest for action in self._actions if words.intersection(action.option_strings)}
         return values, {key: "command line" if key in direct else "arguments file" for key in values}
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {' '.join(message.split())} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(fail(self.prog, f"{message} (see {self.prog} --help)", 2))
 
 
 class _Version(argparse.Action):
@@ -154,8 +154,23 @@ def check_packages(program: str, *packages: str, file: str = "requirements.txt")
 
 def fail(program: str, error: object, status: int) -> int:
     """Print an error as one line; returns the exit status."""
-    print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    warn(f"{program}: error: {' '.join(str(error).split())}")
     return status
+
+
+def warn(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def errors_in_one_line(program: str) -> Iterator[None]:
+    """A user's mistake ends the command with status 2, what the system lacks (a file, memory) with 1."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(fail(program, error, 2))
+    except (OSError, MemoryError) as error:
+        sys.exit(fail(program, error, 1))
 
 
 # ------------------------------------------------------------------------------------------------ spellings
@@ -249,10 +264,9 @@ def cuda(text: str) -> int:
 
 def _driver() -> Any:
     """NVIDIA's driver library, initialised (importing torch takes seconds). None without a GPU or a driver."""
-    for library in ("libcuda.so.1", "nvcuda.dll"):
-        with contextlib.suppress(OSError):
-            driver = ctypes.CDLL(library)
-            return driver if driver.cuInit(0) == 0 else None
+    with contextlib.suppress(OSError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        return driver if driver.cuInit(0) == 0 else None
     return None
 
 
@@ -288,7 +302,7 @@ def device_name(wanted: int | None) -> str:
 # ------------------------------------------------------------------------------------------------- train.py's
 # fmt: off
 def train_parser(description: str = "") -> Parser:
-    """train.py's flags: a setting that is not given stays None, its default in `parser.defaults`."""
+    """train.py's flags."""
     parser, kd = Parser(description), methods.METHODS["kd"].options
     flag, switch, section = parser.flag, parser.switch, parser.section
     whole, positive = number(int, minimum=1), number(float, above=0)

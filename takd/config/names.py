@@ -80,14 +80,9 @@ def torchvision_name(network_name: str) -> str | None:
     return "resnet50" if network_name == "resnet50" else network_name.partition("torchvision:")[2] or None
 
 
-def is_own(network_name: str) -> bool:
-    """Whether it is a FILE.py:CLASS of the user's own."""
-    return ":" in network_name and not torchvision_name(network_name)
-
-
 def has_pretrained(network_name: str) -> bool:
     """Whether --pretrained applies: to torchvision's networks, and to a user's class with a parameter `pretrained`."""
-    if is_own(network_name):
+    if is_file(network_name):
         return "pretrained" in inspect.signature(import_class(network_name)).parameters
     return torchvision_name(network_name) is not None
 
@@ -105,7 +100,7 @@ def declared_input(network_name: str) -> dict[str, Any]:
         "std": (lambda values: three(values) and min(values) > 0, "three numbers above 0, of pixels in 0..1"),
         "image_size": (lambda size: type(size) is int and 8 <= size <= 1024, "a whole number from 8 to 1024"),
     }
-    own, declared = import_class(network_name) if is_own(network_name) else None, {}
+    own, declared = import_class(network_name) if is_file(network_name) else None, {}
     for key, (fits, what) in checks.items():
         if (value := getattr(own, key, None)) is not None:
             with contextlib.suppress(TypeError):  # not numbers

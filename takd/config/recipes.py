@@ -81,23 +81,3 @@ def milestone_epochs(recipe: Recipe, epochs: int) -> list[int]:
 def reached(milestones: Sequence[int], epochs: int) -> list[int]:
     """The milestones that a run of so many epochs comes to: the others make no difference."""
     return [milestone for milestone in milestones if milestone < epochs]
-
-
-def learning_rate_at(
-    epoch: int,
-    learning_rate: float,
-    milestones: Sequence[int],
-    decay: float,
-    cosine_epochs: int | None = None,
-    warmup_epochs: int = 0,
-) -> float:
-    """The rate of one epoch, counted from 0. Stateless: a continued run has no scheduler to restore.
-
-    As of PyTorch's schedulers, stepped once an epoch: MultiStepLR, times LinearLR (from a third of the rate, its
-    default) in the warm-up; or, in a run of `cosine_epochs`, LinearLR and after it CosineAnnealingLR down to 0.
-    """
-    if cosine_epochs and epoch >= warmup_epochs:
-        progress = (epoch - warmup_epochs) / (cosine_epochs - warmup_epochs)
-        return learning_rate * (1 + math.cos(math.pi * progress)) / 2
-    rate = learning_rate * decay ** sum(epoch >= milestone for milestone in milestones)
-    return rate * (1 + 2 * epoch / warmup_epochs) / 3 if epoch < warmup_epochs else rate

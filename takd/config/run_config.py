@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -111,10 +112,17 @@ class RunConfig:
         return settings_of(self.record())
 
     def learning_rate_at(self, epoch: int) -> float:
-        """The rate of one epoch, counted from 0."""
-        steps = self.learning_rate, self.milestones, self.learning_rate_decay
-        cosine_epochs = self.epochs if self.schedule == "cosine" else None
-        return recipes.learning_rate_at(epoch, *steps, cosine_epochs, self.warmup_epochs or 0)
+        """The rate of one epoch, counted from 0. Stateless: a continued run has no scheduler to restore.
+
+        As of PyTorch's schedulers, stepped once an epoch: MultiStepLR, times LinearLR (from a third of the rate, its
+        default) in the warm-up; or, with a cosine, LinearLR and after it CosineAnnealingLR down to 0.
+        """
+        warmup = self.warmup_epochs or 0
+        if self.schedule == "cosine" and epoch >= warmup:
+            progress = (epoch - warmup) / (self.epochs - warmup)
+            return self.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+        rate = self.learning_rate * self.learning_rate_decay ** sum(epoch >= each for each in self.milestones)
+        return rate * (1 + 2 * epoch / warmup) / 3 if epoch < warmup else rate
 
     def replace(self, origin: str | None = None, **changes: Any) -> "RunConfig":
         """A copy with other values; `origin` is recorded as their origin."""
@@ -135,7 +143,8 @@ class RunConfig:
         given, but not the student's optimiser flags."""
         settings, (*above, network) = self.record(), self.teachers
         passed = (*PASSED_TO_TEACHER, "method", "teacher_cache", "any_teacher") if above else PASSED_TO_TEACHER
-        given = {key: settings[key] for key in passed if key in settings and self._given(key)}
+        present = [key for key in passed if key in settings]
+        given = {key: settings[key] for key in present if not self.origins[key].startswith(DERIVED)}
         given["student"] = network
         if above:
             given |= self.learning | {"teacher": above if len(above) > 1 else above[0]}
@@ -150,9 +159,6 @@ class RunConfig:
         if origins["seed"] == "tuner":  # the student's alone: all trials of an experiment learn from one teacher
             given["seed"], origins["seed"] = flags.DEFAULT_SEED, "default"
         return dataclasses.replace(resolve(given, origins), device=self.device, learning=self.learning)
-
-    def _given(self, key):
-        return not self.origins[key].startswith(DERIVED)
 
     def repetitions(self) -> list["RunConfig"]:
         """The runs of --repeat: one per seed, each in its own folder inside --run-dir. Without --repeat: this run."""

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from takd.config.flags import gpu_name
-from takd.errors import UserError
-from takd.images.split import Split, Transform, evaluation_batches
+from takd.errors import UserError, first_line
+from takd.images.split import Split, Transform
+from takd.process import safe_point
 
 
 @contextlib.contextmanager
@@ -68,13 +69,18 @@ def check_gpu(device: str) -> None:
         build = (
             f"torch {torch.__version__} (built for {f'CUDA {torch.version.cuda}' if torch.version.cuda else 'CPUs'})"
         )
-        why, install = str(error).splitlines()[0], "another build of torch (pytorch.org/get-started) or driver may"
+        why, install = first_line(error), "another build of torch (pytorch.org/get-started) or driver may"
         raise UserError(f"{build} cannot use {gpu_name()}: {why}; {install}, --cuda 0 runs on the CPU") from None
 
 
-def out_of_memory(error: Exception, fix: str) -> str:
-    """PyTorch's paragraph about a GPU's memory as one line, with a remedy."""
-    return f"the GPU is out of memory: {', '.join(str(error).split('. ')[1:3]) or error}; {fix}"
+@contextlib.contextmanager
+def out_of_memory(fix: str) -> Iterator[None]:
+    """PyTorch's paragraph about a GPU's memory as a MemoryError of one line, with a remedy."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        why = ", ".join(str(error).split(". ")[1:3]) or error
+        raise MemoryError(f"the GPU is out of memory: {why}; {fix}") from None
 
 
 def input_dtype(precision: str) -> torch.dtype:
@@ -87,11 +93,10 @@ def predict(
     network: nn.Module,
     split: Split,
     transform: Transform | None = None,
-    precision: str = "fp32",
     batch_size: int = 500,
     advance: Callable[[int], object] = lambda images: None,
 ) -> torch.Tensor:
-    """float32 (N, C): the logits of a whole split in its order, the network in evaluation mode.
+    """float32 (N, C): the logits of a whole split in its order, the network in evaluation mode and in float32.
 
     `transform` is the network's own where it differs from the split's. `advance` is told the images of each batch.
     """
@@ -100,9 +105,10 @@ def predict(
     # Larger images in smaller batches: a batch's activations grow with its pixels.
     batch_size = max(1, batch_size * 64**2 // max(64, transform.image_size) ** 2)
     logits = []
-    for images, _ in evaluation_batches(split, batch_size):
-        with autocast(images.device, precision):
-            logits.append(network(transform(images)).float())
+    for images in split.images.split(batch_size):
+        safe_point()
+        with autocast(split.device, "fp32"):
+            logits.append(network(transform(images.to(split.device))).float())
         advance(len(images))
     return torch.cat(logits)
 
@@ -136,6 +142,16 @@ def chance_percent(labels: torch.Tensor) -> float:
 
 
 # ---------------------------------------------------------------------------------------- what a network costs
+def count_parameters(network: nn.Module) -> int:
+    """Numbers in a network's parameters."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def weights_bytes(network: nn.Module) -> int:
+    """Size of what a network's state dict holds."""
+    return sum(value.nbytes for value in network.state_dict().values())
+
+
 def multiply_accumulates(network: nn.Module, image_size: int) -> int:
     """Of one image's convolutions and matrix products, as papers count: no biases, batch norm, ReLU or pooling."""
     from torch.utils.flop_counter import FlopCounterMode

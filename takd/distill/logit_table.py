@@ -69,13 +69,13 @@ class LogitTable:
             self.path.unlink()
         raise UserError(f"table {self.path} cannot be verified; delete it, or run with --teacher-cache live")
 
-    def _agrees(self, values, count=64):
+    def _agrees(self, values):
         """Whether a sample of filled rows holds what the teacher computes now, within rounding."""
         seeded = generator(0, 0, "table sample")
         index = torch.randint(len(values), (4096,), generator=seeded)
         views = torch.randint(values.shape[1], (4096,), generator=seeded)
         rows = values[index, views]
-        chosen = _filled(rows).nonzero()[:count, 0]
+        chosen = _filled(rows).nonzero()[:64, 0]
         if not len(chosen):
             return True
         rows, fresh = rows[chosen].float(), self._compute(index[chosen], views[chosen]).cpu()

@@ -110,7 +110,7 @@ class Teacher:
         """Digest of what a table or a score depends on: weights, images in order, normalisation, input size."""
         mean, std, size = self.transform
         resized = [size] if size != split.images.shape[-1] else []
-        return digest(self.weights_digest, split.digest(), list(mean), list(std), *resized, *more)[:16]
+        return digest(self.weights_digest, split.digest, list(mean), list(std), *resized, *more)[:16]
 
     def score(
         self,

@@ -17,13 +17,6 @@ from takd.config.names import VIEWS as VIEWS
 
 PADDING = 4
 OFFSETS = 2 * PADDING + 1
-MIDDLE = (PADDING * OFFSETS + PADDING) * 2
-UNCHANGED = {
-    "none": 0,
-    "flip": 0,
-    "crop-flip": MIDDLE,
-    "crop-flip-reflect": MIDDLE,
-}  # the view that is the image itself
 
 
 def apply(augment: str, images: torch.Tensor, views: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +9,9 @@ import numpy as np
 from takd.config.names import CIFAR_FOLDERS, DATASETS
 from takd.errors import UserError
 from takd.files import Say, locked
-from takd.process import killable
+from takd.process import downloading
 
 Arrays = tuple[dict[str, tuple[np.ndarray, np.ndarray]], tuple[str, ...]]  # {part: (images, labels)}, class names
-DOWNLOAD_TIMEOUT_SECONDS = 20  # of silence: a compute node without a network gets an error soon instead of hanging
 
 
 def digits() -> Arrays:
@@ -51,13 +49,12 @@ def downloaded(name: str, dataset_dir: Path, allowed: bool, say: Say) -> Arrays:
     """A data set that is absent, downloaded by one process while others wait for it."""
     if not allowed:
         raise UserError(f"no {name} in {dataset_dir} and downloading is off; {_manual_steps(name, dataset_dir)}")
-    lock, made, before = dataset_dir / f".{name}.lock", not dataset_dir.exists(), socket.getdefaulttimeout()
+    lock, made = dataset_dir / f".{name}.lock", not dataset_dir.exists()
     try:
         with locked(lock, f"the download of {name}", wait=True, say=say):
             if not (dataset_dir / CIFAR_FOLDERS[name]).is_dir():
                 say(f"{name} is not in {dataset_dir}: downloading it")
-            socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
-            with killable():
+            with downloading():
                 return _torchvision(name, dataset_dir, download=True)
     except OSError as error:
         lock.unlink(missing_ok=True)
@@ -66,8 +63,6 @@ def downloaded(name: str, dataset_dir: Path, allowed: bool, say: Say) -> Arrays:
                 dataset_dir.rmdir()
         reason, steps = str(getattr(error, "reason", error)), _manual_steps(name, dataset_dir)
         raise UserError(f"no {name} in {dataset_dir} and no download ({reason}); {steps}") from None
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 def _torchvision(name, dataset_dir, download):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from takd.config.names import DATASETS
-from takd.errors import UserError
+from takd.errors import UserError, first_line
 from takd.files import Say, alone_in, printable, remove_leftovers, replacing
 from takd.process import cores, safe_point
 
@@ -233,7 +233,7 @@ def _decode_one(path, target, resize):
     except UnidentifiedImageError:
         return f"{path} (not an image)", ()
     except Exception as error:  # a damaged file makes Pillow raise nearly anything
-        return f"{path} ({(str(error).splitlines() or [type(error).__name__])[0][:80]})", ()
+        return f"{path} ({first_line(error)[:80]})", ()
     return None, conversions
 
 

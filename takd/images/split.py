@@ -11,7 +11,7 @@ on any device. Legend: N images of a split, B of a batch, H W their size.
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from takd.errors import UserError
 from takd.files import digest
 from takd.images import augmentation
-from takd.process import safe_point
 
 
 class Transform(NamedTuple):
@@ -91,12 +90,9 @@ class Split:
         files = tuple(self.files[row] for row in torch.arange(len(self))[index].tolist()) if self.files else ()
         return dataclasses.replace(self, name=name, images=self.images[index], labels=self.labels[index], files=files)
 
+    @functools.cached_property
     def digest(self) -> str:
         """Digest of the pixels and labels, which a table of logits is bound to."""
-        return self._digest
-
-    @functools.cached_property
-    def _digest(self):
         return digest(self.images, self.labels)
 
 
@@ -148,13 +144,6 @@ def step_rows(images: int, batch_size: int, first_step: int = 0) -> list[slice]:
     """The rows of an epoch's plan that each step takes, the last partial one included."""
     starts = range(first_step * batch_size, images, batch_size)
     return [slice(start, min(start + batch_size, images)) for start in starts]
-
-
-def evaluation_batches(split: Split, batch_size: int = 500) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(images, labels) in order, every image once, the last partial batch included."""
-    for start in range(0, len(split), batch_size):
-        safe_point()
-        yield split.images[start : start + batch_size].to(split.device), split.labels[start : start + batch_size]
 
 
 # ---------------------------------------------------------------------------------------- parts of a split

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from takd.errors import UserError
+from takd.errors import UserError, first_line
 from takd.files import NUMBER, PERCENT, TEXT, WHOLE, Rule, digest, misfit, replacing
 
 # Plain numbers as numpy scalars: some published checkpoints hold their accuracy like this. They run no code.
@@ -85,7 +85,7 @@ def read(path: str | Path) -> dict[str, Any]:
             f"checkpoint {path} is refused: it holds more than tensors and plain values ({reason})"
         ) from None
     except Exception as error:  # a damaged file makes torch raise nearly anything, with a message or without one
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
+        reason = first_line(error)[:100]
         raise UserError(f"checkpoint {path} cannot be read: damaged or cut off ({reason})") from None
     if not isinstance(contents, dict):
         raise UserError(f"checkpoint {path} holds a {type(contents).__name__}, not a dict with model_state_dict")

@@ -1,7 +1,6 @@
 """Console output: setup lines, one row per epoch, and progress in between. Epochs are counted from 1 here."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
@@ -14,8 +13,8 @@ _RECORDED_APART = ("loss", "accuracy_percent", "images_per_second", "seconds")  
 class Console:
     """Shows how far training and evaluation are as a bar on a terminal, elsewhere as one plain line per minute."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stdout
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
         self.columns: list[str] = []
 
     def say(self, line: str) -> None:
@@ -62,10 +61,9 @@ def defaults_line(config: RunConfig) -> str | None:
     return f"defaults  {what}, as in the released code; recipe {config.recipe}, {counted(config.epochs, 'epoch')}"
 
 
-def setup_lines(config: RunConfig, hardware: str, student: Any) -> Iterator[str]:
+def setup_lines(config: RunConfig, hardware: str, parameters: int) -> Iterator[str]:
     """The first lines of a run: device, student, method and recipe."""
     yield f"device    {hardware}"
-    parameters = sum(parameter.numel() for parameter in student.parameters())
     source = f", from {config.init_from}" if config.init_from else ""
     yield f"student   {config.student}, {parameters:,} parameters{source}"
     if config.teacher:

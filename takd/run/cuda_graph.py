@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from takd.errors import first_line
 from takd.images.split import Batch
 from takd.run.distributed import Part
 from takd.run.engine import TrainStep
@@ -78,11 +79,11 @@ class Cuda:
         try:
             result = function()
         except Exception as error:  # only its text is kept: its traceback holds the step's tensors
-            failure = _first_line(error)
+            failure = first_line(error)[:150]
         try:
             graph.capture_end()
         except RuntimeError as error:
-            failure = failure or _first_line(error)
+            failure = failure or first_line(error)[:150]
         if failure is None:
             return graph.replay, result
         generator.graphsafe_set_state(state)
@@ -119,12 +120,10 @@ class StepGraph:
 
     def _constants(self) -> Any:
         """What a capture holds as constants: the optimizer's settings, and the numbers that the method keeps."""
-        settings = [{key: value for key, value in group.items() if key != "params"} for group in self._groups()]
+        groups: list[dict[str, Any]] = self.step.optimizer.param_groups
+        settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         attributes = [vars(module).items() for module in self.step.method.modules()]
         return settings, [{k: v for k, v in items if isinstance(v, int | float)} for items in attributes]
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return self.step.optimizer.param_groups
 
     def __call__(self, batch: Batch, part: Part) -> tuple[list[str], torch.Tensor]:
         if self.possible:
@@ -271,7 +270,3 @@ def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> str | None
 def _differ(old: Any, new: Any) -> bool:
     plain = isinstance(old, int | float | str) and type(old) is type(new)
     return old != new if plain else old is not new
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:150]

@@ -22,6 +22,7 @@ from torch import distributed, nn
 from torch.distributed.rendezvous import rendezvous
 
 from takd import process
+from takd.errors import first_line
 from takd.images.split import step_rows
 from takd.run import launch
 
@@ -157,8 +158,8 @@ def join(device: str) -> World:
         distributed.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
         control = distributed.new_group(backend="gloo", timeout=TIMEOUT)
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConnectionError(f"process {place.rank} of {place.size} cannot reach the others: {reason}") from None
+        why = first_line(error)
+        raise ConnectionError(f"process {place.rank} of {place.size} cannot reach the others: {why}") from None
     return World(rank, size, store, control)
 
 
@@ -176,10 +177,7 @@ class DDPStudent:
     """A student under DDP, with the student's own interface."""
 
     def __init__(self, student: nn.Module):
-        self._ddp = _ddp(_ForwardFeatures(student))
-
-    def forward_features(self, images: torch.Tensor) -> Any:
-        return self._ddp(images)
+        self.forward_features = _ddp(_ForwardFeatures(student))
 
 
 class _ForwardFeatures(nn.Module):

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -45,8 +44,9 @@ def launch(count: int, command: list[str], say: Callable[[str], object]) -> int:
                 "MASTER_PORT": str(port),
                 "RANK": str(rank),
                 "WORLD_SIZE": str(count),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(count),
             }
-            environment |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(count)}
             children.append(subprocess.Popen(command, env=environment, preexec_fn=_end_with_parent()))
         if received:  # while they were being started
             forward(received[0])
@@ -96,10 +96,8 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _end_with_parent() -> Callable[[], object] | None:
-    """For a child to call: the kernel sends it SIGTERM if this process is killed. None off Linux."""
-    if not sys.platform.startswith("linux"):
-        return None
+def _end_with_parent() -> Callable[[], object]:
+    """For a child to call: the kernel sends it SIGTERM if this process is killed."""
     libc = ctypes.CDLL(None)
     set_parent_death_signal = 1  # of linux/prctl.h
     return lambda: libc.prctl(set_parent_death_signal, signal.SIGTERM)

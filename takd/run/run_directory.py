@@ -63,7 +63,6 @@ CONFIG = dict(_setting(field) for field in dataclasses.fields(RunConfig) if fiel
     "epochs": COUNT,
     "batch_size": COUNT,
     "validation_split": NUMBER,
-    "seed": WHOLE,
     "path": PATH,
     "origins": {...: TEXT},
     "environment": {

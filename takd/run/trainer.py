@@ -83,10 +83,6 @@ class Trainer:
         """The next step, for people, who count epochs from 1."""
         return f"epoch {self.epoch + 1}, step {self.steps_done}"
 
-    def remaining_epochs(self) -> Iterator[int]:
-        """The epochs still to be trained, the first perhaps from its middle on."""
-        yield from range(self.epoch, self.config.epochs)
-
     # ------------------------------------------------------------------------------------------------ an epoch
     def train(self, epoch: int) -> None:
         """The epoch's remaining steps. A signal ends it after a step, with everything saved: Stopped."""
@@ -268,7 +264,7 @@ class Trainer:
             "recipe": config.recipe,
             "seed": config.seed,
             "epochs": config.epochs,
-            "parameters": sum(parameter.numel() for parameter in self.step.student.parameters()),
+            "parameters": evaluation.count_parameters(self.step.student),
             "selection_split": self.splits.selection,
             "test_split": self.splits.test.part,
             "test_images": len(self.splits.test),

@@ -54,7 +54,7 @@ def test_training_does_not_change_the_teacher(teacher_file, tmp_path):
     with StopSignals() as signals, directory.claim():
         trainer = Trainer(config, splits, step, directory, Context(World(), console, signals))
         trainer.resume(None, {})
-        for epoch in trainer.remaining_epochs():
+        for epoch in range(trainer.epoch, config.epochs):
             trainer.train(epoch)
             trainer.save(trainer.evaluate(epoch))
     assert network and unchanged(teacher.network, network) and not unchanged(step.student, student)

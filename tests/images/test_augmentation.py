@@ -40,8 +40,9 @@ def test_every_image_gets_its_own_view(images):
 
 
 def test_one_view_is_the_image_itself(images):
-    assert augmentation.UNCHANGED.keys() == {name for name, views in augmentation.VIEWS.items() if views}
-    for augment, view in augmentation.UNCHANGED.items():
+    unchanged = {"none": 0, "flip": 0, "crop-flip": (4 * 9 + 4) * 2, "crop-flip-reflect": (4 * 9 + 4) * 2}
+    assert unchanged.keys() == {name for name, views in augmentation.VIEWS.items() if views}
+    for augment, view in unchanged.items():
         assert torch.equal(augmentation.apply(augment, images, all_in(view, images)), images)
 
 

@@ -105,4 +105,4 @@ def test_class_order_is_where_each_class_stands_in_a_file_of_the_same_classes(re
 
 def test_digests_are_of_pixels_and_labels(train):
     swapped = train.subset(torch.tensor([1, 0, *range(2, len(train))]), "swapped")
-    assert train.digest() == data_loader.read("digits", image_size=48).train.digest() != swapped.digest()
+    assert train.digest == data_loader.read("digits", image_size=48).train.digest != swapped.digest
