@@ -8,7 +8,6 @@ import contextlib
 import io
 import os
 import signal
-import socket
 import sys
 from typing import Any, NamedTuple
 
@@ -139,6 +138,8 @@ def downloading():
 
     DOWNLOAD_TIMEOUT_SECONDS of silence are an OSError: a compute node without a network does not hang.
     """
+    import socket
+
     global _killable
     _killable, before = True, socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)

@@ -58,10 +58,8 @@ def test_processes_share_the_jobs_cores_and_no_others(slurm, given, processes, t
 
 
 def test_children_get_their_share_where_a_job_exports_all_of_its_threads(start_command):
-    program, job = (
-        "import os; print(os.environ['OMP_NUM_THREADS'])",
-        {"OMP_NUM_THREADS": "2", "SLURM_CPUS_PER_TASK": "2"},
-    )
+    program = "import os; os.write(1, os.environ['OMP_NUM_THREADS'].encode() + b'\\n')"  # in one piece
+    job = {"OMP_NUM_THREADS": "2", "SLURM_CPUS_PER_TASK": "2"}
     assert finished(start_command("-c", LAUNCH, 2, "-c", program, cwd=ROOT, **job)) == (0, "1\n1\n", "")
 
 
