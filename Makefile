@@ -31,7 +31,7 @@ test: $(READY)
 	$(RUN) -m pytest -n 2 -m "not slow"
 
 test-all: test
-	$(RUN) -m pytest -n 3 --dist loadfile -rs -m slow
+	$(RUN) -m pytest -n 3 --dist loadfile --no-loadscope-reorder -rs -m slow
 	rm -rf .without-cpu && mkdir .without-cpu
 	git ls-files -z ':!takd/cpu' | xargs -0 tar cf - | tar xf - -C .without-cpu
 	cd .without-cpu && $(RUN) -m pytest -n 2 -m "not slow"

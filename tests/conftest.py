@@ -39,6 +39,13 @@ for name in [name for name in os.environ if name.startswith("NNI_")]:
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+LONG = ("test_slurm.py", "test_kills.py", "test_sweep.py", "test_nni.py", "test_cifar.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes first: `make test-all` gives each file to one of several processes."""
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 def read_json(file):
     return json.loads(Path(file).read_text(encoding="utf-8"))
