@@ -286,4 +286,4 @@ def test_a_browser_renders_the_page(three_seeds, call, tmp_path):
         colors = dict(map(reversed, image.convert("RGB").getcolors(1 << 24)))
     assert colors.get((217, 115, 13), 0) > 200, "the best path's mark is drawn"
     dom = browse("--dump-dom")
-    assert dom.count("<tr") > 20 and dom.count("</svg>") == 6
+    assert dom.count("<tr") > 20 and dom.count("</svg>") == 7
