@@ -5,7 +5,6 @@ import contextlib
 import difflib
 import errno
 import fcntl
-import glob
 import hashlib
 import importlib.util
 import json
@@ -78,11 +77,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     with contextlib.suppress(OSError):  # absent, for one
         if stat.S_ISCHR(mode := path.lstat().st_mode) or stat.S_ISBLK(mode):  # root may replace /dev/null
             raise UserError(f"{path} is a device; give a file")
-    node = os.uname().nodename
-    for left in path.parent.glob(f".{glob.escape(path.name)}.{node}.*.tmp"):
-        if not Path("/proc", left.suffixes[-2][1:]).exists():  # of a process of this machine that was killed
-            left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{node}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -97,8 +92,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
-    """Remove the temporary files of processes, of other machines too, that were killed while they wrote files of this
-    name. Only where no other process may be writing them."""
+    """Remove the temporary files of processes killed while they wrote files of this name. Only where no other process
+    may be writing them."""
     for path in folder.glob(f".{name}.*.tmp"):
         path.unlink(missing_ok=True)
 

@@ -1,6 +1,5 @@
 """report.py: reports of studies, finished and partial, of collections and kept files, and their HTML page."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -175,18 +174,6 @@ def test_rows_never_look_alike(write_run, tmp_path, call):
     assert "### folder pets (images 11111111)" in text and "### folder pets (images 22222222)" in text
     beside = [row[2] for row in rows_of(text, "Beside published")[2:]]
     assert sorted(beside) == ["60.00", "63.00", "64.00", "65.00", "66.00", "67.00"], "those on all images as they are"
-
-
-def test_what_a_killed_save_of_the_same_file_left_is_removed(three_seeds, call):
-    """Not what a process that lives may still write, nor what one of another machine may."""
-    here, dead = os.uname().nodename, 2**22 + 1  # above every process number
-    live, elsewhere, left = (
-        three_seeds / f".report.md.{writer}.tmp" for writer in (f"{here}.1", f"not-{here}.{dead}", f"{here}.{dead}")
-    )
-    for file in (live, elsewhere, left):
-        file.write_text("begun")
-    assert call(report, three_seeds).status == 0
-    assert set(three_seeds.glob(".*.tmp")) == {live, elsewhere}
 
 
 def test_failed_trainings_are_marked_with_their_reason(three_seeds, call, tmp_path):
