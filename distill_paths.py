@@ -169,7 +169,7 @@ def show_plan(study: Study, trainings: Sequence[Training], configs: Mapping[Trai
         state = "finished" if finished == len(members) else f"{finished} of {len(members)} finished" if finished else ""
         takes = duration(seconds[members[0]]) if seconds else ""
         alone = "alone" if len(path) == 1 and path != (study.sizes[0],) else ""
-        print(f"{text:<40} {takes:>10}  {alone}{state}".rstrip())
+        print(f"{text:<40} {takes:>10}  {alone:<7}{state}".rstrip())
     if costs:
         print(
             f"\nestimate: {duration(total)} for what is left, {jobs} at once, plus some seconds to start each;", end=" "

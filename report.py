@@ -75,8 +75,9 @@ def main(argv: list[str] | None = None) -> None:
             return print(sections.compact_table(groups).markdown(), end="")
         place = Path(args.runs[0])
         document = Document(args.output or (place.parent / place.stem if place.suffix == ".jsonl" else place))
-        studies, searches, asked = collect.studies(found), ranking.searches(found), arms.questions(runs)
+        studies, searches = collect.studies(found), ranking.searches(found)
         methods = pairs.tables(found, studies)
+        asked = arms.questions(runs, methods)
         only = len(studies) + len(methods) + len(searches) == 1
         if not only:
             document.heading("Runs", 1)

@@ -41,9 +41,11 @@ def start() -> None:
     to its end wherever its output goes.
 
     What is printed to a closed stream, or to a reader that has gone (`| head`), is discarded; letters that the stream's
-    encoding lacks are escaped.
+    encoding lacks are escaped. Signals that the caller ignores, as a shell does for a job in the background, stay so.
     """
-    note_stop_signals()
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _note)
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)  # or a file opened later takes the number, and a library prints into it
     os.close(descriptor)
@@ -141,14 +143,15 @@ def downloading():
     import socket
 
     global _killable
-    _killable, before = True, socket.getdefaulttimeout()
+    before = _killable, socket.getdefaulttimeout()
+    _killable = True
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)
     try:
         safe_point()
         yield
     finally:
-        _killable = False
-        socket.setdefaulttimeout(before)
+        _killable = before[0]
+        socket.setdefaulttimeout(before[1])
 
 
 class StopSignals:

@@ -176,6 +176,17 @@ def test_rows_never_look_alike(write_run, tmp_path, call):
     assert sorted(beside) == ["60.00", "63.00", "64.00", "65.00", "66.00", "67.00"], "those on all images as they are"
 
 
+@pytest.mark.parametrize("epochs, compared", [(2, 0), (3, 1)])
+def test_methods_are_compared_once(write_run, tmp_path, call, epochs, compared):
+    """In a table of methods where all else is equal, and else as arms."""
+    for seed in (1, 2, 3):
+        write_run(("plane4", "plane2"), seed, (40, 50 + seed))
+        write_run(("plane4", "plane2"), seed, (40, 52 - seed), method="logit", method_options={}, epochs=epochs)
+    assert call(report, tmp_path / "runs").status == 0
+    text = (tmp_path / "runs/report.md").read_text()
+    assert (text.count("## Ways to train plane2"), text.count("# Methods: plane4 > plane2")) == (compared, 1 - compared)
+
+
 def test_failed_trainings_are_marked_with_their_reason(three_seeds, call, tmp_path):
     trainings = plan.plan(three_seeds, SIZES, plan.choose_paths(SIZES, ()), (1, 2, 3, 4), {}, [])
     plan.record(three_seeds, trainings)

@@ -18,6 +18,30 @@ def test_ctrl_c_during_the_imports_is_silent(command, run_command, tmp_path):
     assert outcome == (130, "", "")
 
 
+def test_signals_end_a_command_before_while_and_after_it_downloads():
+    for place in ("pass", "while 1: pass"):
+        code = f"""
+from takd import process
+process.start()
+with process.downloading():
+    print("now", flush=True)
+    {place}
+print("now", flush=True)
+while True: pass
+"""
+        running = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for _ in range(2 if place == "pass" else 1):
+            assert running.stdout.readline() == "now\n"
+        running.terminate()
+        assert running.wait(timeout=30) == 143
+
+
+def test_a_command_leaves_ignored_signals_alone():
+    code = "import os, signal; from takd import process; process.start(); os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run(["sh", "-c", 'trap "" INT; exec "$0" -c "$1"', sys.executable, code], cwd=ROOT)
+    assert done.returncode == 0
+
+
 def without_reader(*command):
     """(status, standard error) of a command whose standard output is a pipe that nobody reads."""
     reading, writing = os.pipe()

@@ -18,6 +18,7 @@ from takd.config.run_config import one_or_more
 from takd.study import plan
 from takd.study.collect import APART, Group, Run
 from takd.study.formatting import SYMBOLS, setting_text, value_text
+from takd.study.pairs import Table
 from takd.study.plan import NetworkPath
 
 # Equal in all arms that are compared:
@@ -132,9 +133,9 @@ class Question:
         return {path: value for path in paths if (value := own.get(path)) is not None}
 
 
-def questions(runs: Iterable[Run]) -> list[Question]:
+def questions(runs: Iterable[Run], tables: Iterable[Table] = ()) -> list[Question]:
     """Every student with two or more arms in the same chain, most arms first. Left out are a search's trials, and arms
-    that differ in their methods alone: takd.study.pairs has these side by side.
+    of different methods that stand side by side in one of the tables.
     """
     by_data: dict[Any, list[Run]] = {}
     for run in (run for run in runs if not run.search):
@@ -148,13 +149,18 @@ def questions(runs: Iterable[Run]) -> list[Question]:
                 taught = [run for run in of_it if len(run.path) == 1 or run.path[0] == teacher]
                 arms, repeated = arms_of(taught, above)
                 found.append(Question(members[0].config["dataset"], teacher, student, arms, repeated, members))
-    asked = [question for question in found if question.chains and not _methods_only(question.arms)]
+    asked = [question for question in found if question.chains and not _shown(question.arms, tables)]
     return sorted(asked, key=lambda question: -len(question.arms))
 
 
-def _methods_only(arms: Sequence[Arm]) -> bool:
-    methods = [arm.method for arm in arms if arm.teachers]
-    return 1 < len(methods) == len(set(methods)) and not any(arm.assisted for arm in arms)
+def _shown(arms: Sequence[Arm], tables: Iterable[Table]) -> bool:
+    """Whether a table of methods has all arms with a teacher, each by a method of its own."""
+    taught = [arm for arm in arms if arm.teachers]
+    runs = {run.folder for arm in taught for run in arm.group.runs}
+    rows = (
+        {run.folder for group in pair.rows.values() for run in group.runs} for table in tables for pair in table.pairs
+    )
+    return 1 < len(taught) == len({arm.method for arm in taught}) and any(runs <= each for each in rows)
 
 
 # ---------------------------------------------------------------------------------------------------- lineage

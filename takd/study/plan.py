@@ -203,9 +203,10 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether the run's files are there; of a finished run train.py restores those that were lost."""
-        kept = self.run.summary_file, self.run.metrics_file, *self.run.path.glob("*_best.pth.tar")
-        return len(kept) > 2 and all(file.exists() for file in kept)
+        """Whether it has a summary, and nothing was lost that train.py restores from last.pth.tar."""
+        kept = self.run.metrics_file, *self.run.path.glob("*_best.pth.tar")
+        whole = len(kept) > 1 and all(file.exists() for file in kept)
+        return self.run.summary_file.exists() and (whole or not self.run.last_file.exists())
 
     @property
     def checkpoint(self) -> Path:

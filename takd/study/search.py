@@ -139,7 +139,7 @@ class Worker:
             with self.signals.deferred():
                 status = self._ended([self._start("teacher", self.sweep.teacher_arguments, claim)]).returncode
         if status and not self._is_stop(status):
-            raise UserError(f"teacher: {self._reason('teacher', status)}")
+            raise OSError(f"teacher: {self._reason('teacher', status)}")
 
     def _make_trials(self) -> None:
         running: dict[subprocess.Popen, Trial] = {}
