@@ -91,3 +91,14 @@ def test_the_plan_of_a_folder_is_recorded(tmp_path):
         plan.record(tmp_path, plan.plan(tmp_path, PLANE, plan.choose_paths(PLANE, ["10,2"]), seeds, {}, []))
     recorded = plan.read(tmp_path)
     assert len(recorded) == 6 and recorded["plane10-plane2-seed2"] == {"path": ["plane10", "plane2"], "seed": 2}
+
+
+@pytest.mark.parametrize("lost, finished", [("", True), ("best", False), ("metrics", False), ("best last", True)])
+def test_a_training_is_finished_if_nothing_is_lost_that_can_be_restored(write_run, tmp_path, lost, finished):
+    """Whoever deletes both checkpoints to save space does not train again."""
+    folder = write_run(("plane4",), 1, (40,))
+    (folder / "last.pth.tar").touch()
+    for name in lost.split():
+        [file] = folder.glob(f"*{name}*")
+        file.unlink()
+    assert plan.Training(folder.parent, ("plane4",), 1, {}, ()).finished is finished
